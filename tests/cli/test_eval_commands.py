@@ -289,7 +289,7 @@ def test_a_planted_leak_is_exit_code_1(known_run, monkeypatch, capsys):
 
     monkeypatch.setattr(PythiaLayer, "forward", look_ahead)
     assert levels(measure("doctor", known_run, *DOCTOR, code=1), "fault") == {"causality"}
-    assert "1 found: readings of this model can't be trusted" in capsys.readouterr().err
+    assert "faults found: 1; don't trust measurements of this model" in capsys.readouterr().err
 
 
 def test_a_source_that_has_changed_is_told(addresses, tmp_path, capsys):
@@ -299,7 +299,7 @@ def test_a_source_that_has_changed_is_told(addresses, tmp_path, capsys):
         path.write_text("Another text altogether. " * 200)
     # The tokenizer, trained on the source, is another one.
     assert main(["eval", "doctor", "--run", str(run), "--checks", "record"]) == 2
-    assert "has changed since the run: it gives another tokenizer" in capsys.readouterr().err
+    assert "has changed since the run: its tokenizer differs" in capsys.readouterr().err
     flags = [*DOCTOR, "--checks", "record", "--data.source", first]
     assert levels(measure("doctor", run, *flags), "warning") == {"record"}
 

@@ -175,7 +175,7 @@ def test_a_lock_that_can_t_be_made_is_one_line(tmp_path):
         (b"[" * 100_000, "manifest.json can't be read"),
         (b'{"files": {"weights": {"num_bytes": 5120}}}', "manifest.json can't be read"),
         (b'{"files": {"a\\u0000b": {"num_bytes": 1, "sha256": ""}}}', "manifest.json can't be read"),
-        (b'{"files": {"/dev/zero": {"num_bytes": 0, "sha256": ""}}}', "/dev/zero is no file"),
+        (b'{"files": {"/dev/zero": {"num_bytes": 0, "sha256": ""}}}', "/dev/zero is not a regular file"),
     ],
 )
 def test_a_damaged_manifest_is_itself_a_fault(tmp_path, content, fault):

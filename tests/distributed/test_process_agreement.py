@@ -202,7 +202,7 @@ def test_commands_of_one_process_refuse_several(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "0")
     assert main(["runs"]) == 2
-    assert "runs runs in one process, not in 4; in several run experiment" in capsys.readouterr().err
+    assert "runs runs in one process, not in 4; only experiment, " in capsys.readouterr().err
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setattr("new_llm.cli.main.QUIET_SECONDS", 0.0)
     assert main(["runs"]) == 2

@@ -125,7 +125,7 @@ def test_an_interrupted_training_goes_on_to_the_same_end(finished, tiny_adapter)
     assert curve(resumed) == curve(whole)
     assert resumed["evaluation"]["held_out"]["documents"] == whole["evaluation"]["held_out"]["documents"]
     assert run(again, resume=True)["created"] == resumed["created"]  # a finished run is not trained again
-    with pytest.raises(UserError, match=r"different now: train\.learning_rate"):
+    with pytest.raises(UserError, match=r"changed: train\.learning_rate"):
         run(change(again, learning_rate=0.5), resume=True)
 
 

@@ -159,7 +159,7 @@ def test_a_finished_run_is_lengthened(tiny, trained_run):
     with pytest.raises(UserError, match=r"train.num_epochs 3 → 2: a run can't be shortened"):
         run_experiment(None, change(longer, num_epochs=2), resume=True)
     remove_checkpoints(folder / "pythia")
-    with pytest.raises(UserError, match="pythia: no checkpoint is left to continue from"):
+    with pytest.raises(UserError, match="pythia: no checkpoint to continue from"):
         run_experiment(None, change(longer, num_epochs=4), resume=True)
     assert load_results(folder / "results.json")["status"] == "complete"
 
@@ -180,7 +180,7 @@ def test_a_run_begins_from_the_weights_of_another(tiny, trained_run, monkeypatch
     for spec, changes, message in (
         (f"{trained_run['folder']}:pythia", {}, "do not fit infini: "),
         (trained_run["folder"], {"intermediate_size": 32}, "do not fit infini: layers.0.mlp"),
-        (trained_run["folder"], {"tokenizer_vocab_size": 380}, "has another tokenizer than this run"),
+        (trained_run["folder"], {"tokenizer_vocab_size": 380}, "its tokenizer differs from this run"),
         (str(tiny.runs_dir / "absent"), {}, "no such folder"),
     ):
         with pytest.raises(UserError, match=message):

@@ -166,14 +166,14 @@ def test_runs_that_end_together_are_all_measured(addresses, tmp_path, monkeypatc
     ("changes", "message"),
     [
         ({"variants": {"a": {"model": {"nope": 1}}}}, "variant a: unknown key 'model.nope'"),
-        ({"variants": {"a": {"models": ["infini", "pythia"]}}}, "one is needed, 2 are given"),
+        ({"variants": {"a": {"models": ["infini", "pythia"]}}}, "expected one, found 2"),
         ({"variants": {"../a": {}}}, "variants"),
         ({"baselines": ["nope"]}, "'nope' is not a variant"),
-        ({"seeds": [1, 1]}, "each seed may be given once"),
+        ({"seeds": [1, 1]}, "a seed is given twice"),
         ({"texts": ["validation.txt"]}, "texts: validation.txt: another text is called 'validation', too"),
         (
             {"window_baselines": ["whole"], "long_documents": {"window_stride": 10_000}},
-            "long_documents.window_stride: 10000 is over the window of whole (",
+            "long_documents.window_stride: 10000 exceeds the window of whole (",
         ),
     ],
 )

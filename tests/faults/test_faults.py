@@ -233,7 +233,7 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_changes_nothing(whole
         assert process.returncode == 2, (number, process.returncode, err)
         (said,) = [line for line in err.splitlines() if line.startswith("new-llm: ")]
         assert f"{small_disk}/" in said
-        assert "No space left on device: free some space; a run then continues by --resume" in said
+        assert "No space left on device: free some space; then continue a run with --resume" in said
         assert "Traceback" not in err, err
         assert err.strip().splitlines()[-1] == said, err
         assert run.find_faults() == []

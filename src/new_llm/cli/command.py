@@ -1,7 +1,4 @@
-"""What a command is: a dataclass whose fields are its flags, read by tyro; bad flags are one line.
-
-Then `new-llm completion`, which lists all commands and flags for a shell.
-"""
+"""The base classes of commands, dataclasses whose fields tyro reads as flags, and `new-llm completion`."""
 
 import contextlib
 import dataclasses
@@ -12,19 +9,19 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, Union
 
 import tyro
-from tyro import _errors as failures  # the one hook by which tyro hands over what it would have printed
+from tyro import _errors as failures  # tyro's only hook to replace its own error output
 from tyro.conf import Positional
 
 from new_llm.cli import main
 from new_llm.config.errors import UserError
 
 REGISTRY = tyro.constructors.ConstructorRegistry()
-"""How values are read where tyro's own way is not ours."""
+"""Our parsing rules, in addition to tyro's."""
 
 
 @REGISTRY.primitive_rule
 def read_words(found: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
-    """`none`, `true` and `false` as YAML has them, beside Python's words, where a flag is followed by one of them."""
+    """Accept `none`, `true` and `false`, as in YAML, as well as Python's None, True and False."""
     values = {type(None): {"none": None}, bool: {"true": True, "false": False}}.get(found.type)
     if values is None:
         return None
@@ -43,36 +40,36 @@ def read_words(found: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.
 class Command(ABC):
     """A command: its fields are its flags, its docstring is its help.
 
-    Modules of commands import no torch at their top, so that help and errors in flags come at once.
+    Command modules do not import torch at module level, so that help and flag errors appear at once.
     """
 
     without_hub: ClassVar[str] = ""
-    """What to do where the hub is out of reach, in this command's own flags."""
+    """What to suggest if the hub is out of reach, in terms of this command's flags."""
 
     @classmethod
     def read(cls, arguments: list[str], prog: str) -> Self:
-        """The command of a command line; `prog` is its name in help and errors."""
+        """Parse a command line; `prog` is the command's name in help and errors."""
         return read_flags(cls, arguments, prog)
 
     @abstractmethod
     def execute(self) -> int | None:
-        """Do it; returns the exit code, None for 0."""
+        """Run the command; returns the exit code, None meaning 0."""
 
 
 class CommandGroup:
-    """A command that only chooses among others; its docstring is its help."""
+    """A command that consists of subcommands; its docstring is its help."""
 
     commands: ClassVar[Mapping[str, type[Command]]]
-    """The sub-commands by their names."""
+    """Subcommands by name."""
     default: ClassVar[str | None] = None
-    """The one that is meant where none is named; None: one must be named."""
+    """The subcommand to run if none is named; None: one must be named."""
 
     @classmethod
     def read(cls, arguments: list[str], prog: str) -> Command:
-        """The chosen command of a command line.
+        """Parse a command line into one of the subcommands.
 
         Raises:
-            UserError: there is none of that name.
+            UserError: unknown subcommand.
         """
         if arguments and not arguments[0].startswith("-") and arguments[0] not in cls.commands:
             allowed = ", ".join(cls.commands)
@@ -83,11 +80,11 @@ class CommandGroup:
 def read_flags(
     kind: Any, arguments: list[str], prog: str, *, description: str | None = None, default: Any = tyro.MISSING_NONPROP
 ) -> Any:
-    """`tyro.cli`, with enums by their values and the docstring as it stands for help, unless it is described otherwise.
+    """Call `tyro.cli` with enums given by value and, unless there is a `description`, the docstring as help.
 
     Raises:
-        UserError: an unknown flag or a value that is refused, in one line.
-        SystemExit: help was asked for and has been printed.
+        UserError: an unknown flag or invalid value, in one line.
+        SystemExit: help was requested and has been printed.
     """
     with failures.on_parse_error(_refuse):
         return tyro.cli(
@@ -102,11 +99,7 @@ def read_flags(
 
 
 def choose_command(kinds: Mapping[str, Any], default: str | None = None) -> Any:
-    """The type that tyro reads as a choice of sub-commands.
-
-    Args:
-        default: the one that is meant where none is named; None: one must be named.
-    """
+    """A union type that tyro parses as a choice of subcommands; `default` as in `CommandGroup`."""
     chosen = (
         Annotated[kind, tyro.conf.subcommand(name, description=inspect.getdoc(kind), is_default=name == default)]
         for name, kind in kinds.items()
@@ -115,7 +108,7 @@ def choose_command(kinds: Mapping[str, Any], default: str | None = None) -> Any:
 
 
 def _refuse(event: failures.ParseErrorEvent) -> NoReturn:
-    """One line of what tyro would show in a box."""
+    """Raise as one line what tyro would show in a box."""
     match event:
         case failures.UnrecognizedArgs():
             message = f"unknown option {' '.join(event.tokens)}"
@@ -134,13 +127,13 @@ def _refuse(event: failures.ParseErrorEvent) -> NoReturn:
             flag = f"{event.argument.display_name()}: " if event.argument else ""
             message = flag + str(event.message)
         case _:
-            message = "these options do not go together"
+            message = "these options can't be combined"
     raise UserError(f"{message} (see {event.prog} --help)")
 
 
 @dataclasses.dataclass(kw_only=True)
 class Completion(Command):
-    """Print the script by which a shell completes commands and flags.
+    """Print a script with which a shell completes commands and flags.
 
     Examples:
       new-llm completion bash > ~/.local/share/bash-completion/completions/new-llm
@@ -149,7 +142,7 @@ class Completion(Command):
     """
 
     shell: Positional[Literal["bash", "zsh", "fish"]]
-    """The shell that is to read the script."""
+    """The shell to write the script for."""
 
     def execute(self) -> None:
         """Print the script."""
@@ -157,10 +150,10 @@ class Completion(Command):
 
 
 def write_completion(shell: str) -> str:
-    """The script of a shell: bash, zsh or fish."""
+    """The completion script for bash, zsh or fish."""
     kinds: dict[str, Any] = {name: main.load_command(name) for name in main.COMMANDS}
     for name, kind in kinds.items():
-        if issubclass(kind, CommandGroup):  # as a field: a choice inside a choice would be one choice
+        if issubclass(kind, CommandGroup):  # nested as a field: tyro would flatten a union inside a union
             choice = Annotated[choose_command(kind.commands, kind.default), tyro.conf.arg(name="")]
             kinds[name] = dataclasses.make_dataclass(name.title(), [("command", choice)])
     script = io.StringIO()

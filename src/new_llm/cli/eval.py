@@ -1,4 +1,4 @@
-"""`new-llm eval` and `new-llm evaluate-wikitext`: the flags of each measurement; `cli/evaluate.py` makes it."""
+"""The flags of `new-llm eval`, `evaluate-wikitext` and `inspect`; `cli/evaluate.py` runs them."""
 
 import dataclasses
 from pathlib import Path
@@ -24,22 +24,22 @@ from new_llm.config.evaluation import (
 
 @dataclasses.dataclass(kw_only=True)
 class Evaluation(Command):
-    """Load a model, measure it, print the result, and write a JSON file and the charts of it."""
+    """Load a model, measure it, print the result, and write it to a JSON file with charts."""
 
-    without_hub: ClassVar[str] = "name a folder by --run, and a local text by --data.source"
+    without_hub: ClassVar[str] = "use a local folder (--run) and a local text (--data.source)"
     measure: ClassVar[str] = ""
-    """What is measured, by name."""
+    """The measure's name."""
     section: ClassVar[str] = ""
-    """The section of `EvalConfig` that `options` is; empty: `EvalConfig` itself takes the fields of `options`."""
+    """The section of `EvalConfig` that `options` fills; empty: the fields of `options` are `EvalConfig`'s own."""
     subject: Annotated[SubjectConfig, arg(name="")]
     data: TextConfig = dataclasses.field(default_factory=TextConfig)
     options: Any
     out: Path | None = None
-    """The JSON file to write, with its charts beside it; None: a file in the run's folder, under evaluations."""
+    """The JSON file to write; charts are written next to it. None: a file under evaluations/ in the run's folder."""
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """What is measured, by name."""
+        """Names of the measures to run."""
         return (self.measure,)
 
     @property
@@ -50,11 +50,11 @@ class Evaluation(Command):
 
     @property
     def evaluated_text(self) -> TextConfig | None:
-        """The text that is read; None: none."""
+        """The text to read; None: the measures need none."""
         return self.data
 
     def execute(self) -> int:
-        """Measure, write and print; 130 where the measurement was interrupted and the result is partial."""
+        """Run the measures; see `evaluate`."""
         from new_llm.cli.evaluate import evaluate
 
         return evaluate(self)
@@ -64,24 +64,25 @@ class Evaluation(Command):
 class Perplexity(Evaluation):
     """Perplexity of a text: exp(total negative log-likelihood / tokens).
 
-    The text is --data.source, or the validation documents of the run. Ctrl-C ends the measurement with the result so
-    far, labelled as partial.
+    The text is --data.source, or the run's validation documents. Ctrl-C stops early and keeps the result so far, marked
+    as partial.
     """
 
     protocol: Literal["sliding", "streaming", "independent", "rolling"] = "sliding"
-    """sliding: overlapping windows, each from an empty memory; streaming: consecutive segments, memory carried;
-    independent: the same segments without the memory; rolling: the windows of lm-evaluation-harness."""
+    """sliding: overlapping windows, each starting with an empty memory; streaming: consecutive segments, with the
+    memory carried from one to the next; independent: the same segments, each with an empty memory; rolling: the windows
+    of lm-evaluation-harness."""
     options: Annotated[PerplexityConfig, arg(name="")] = dataclasses.field(default_factory=PerplexityConfig)
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """The protocol."""
+        """Each protocol is a measure of the same name."""
         return (self.protocol,)
 
 
 @dataclasses.dataclass(kw_only=True)
 class EvaluateWikitext(Perplexity):
-    """Perplexity on WikiText-2's test text in sliding windows over the whole text, as in published results.
+    """Sliding-window perplexity on WikiText-2's test split, read as one text, as in published results.
 
     Examples:
       new-llm evaluate-wikitext --run EleutherAI/pythia-70m
@@ -91,15 +92,15 @@ class EvaluateWikitext(Perplexity):
     The text comes from the hub or its local cache; --data.source can name a local wiki.test.raw instead.
     """
 
-    without_hub: ClassVar[str] = "name a local wiki.test.raw by --data.source, and a folder by --run"
+    without_hub: ClassVar[str] = "use a local wiki.test.raw (--data.source) and a local folder (--run)"
     data: TextConfig = dataclasses.field(default_factory=lambda: TextConfig(source="wikitext-2", whole_files=True))
 
 
 @dataclasses.dataclass(kw_only=True)
 class Positions(Evaluation):
-    """Perplexity by a token's position in its sample: how much a prediction gains from the tokens before it.
+    """Perplexity by token position in a sample: how much predictions gain from the tokens before them.
 
-    Samples are as long as in the run's training, or as --context for a model that belongs to no run.
+    Samples are as long as in the run's training; for a model without a run, --context tokens.
     """
 
     measure: ClassVar = "positions"
@@ -108,11 +109,11 @@ class Positions(Evaluation):
 
 @dataclasses.dataclass(kw_only=True)
 class LongDocuments(Evaluation):
-    """Perplexity of long documents by distance from their start, with three kinds of memory on the same weights.
+    """Perplexity of long documents by distance from their start, with the same weights and three kinds of memory.
 
-    The memory is carried through the document, reset before every segment, or that of another document. The paired
-    differences, with intervals over documents, show whether memory helps. The text is --data.source, or the
-    validation documents of the run. Ctrl-C ends the measurement with the result so far, labelled as partial.
+    The memory is carried through the document, reset before every segment, or taken from another document. The paired
+    differences, with confidence intervals over documents, show whether the memory helps. The text is --data.source, or
+    the run's validation documents. Ctrl-C stops early and keeps the result so far, marked as partial.
     """
 
     measure: ClassVar = "long"
@@ -122,11 +123,11 @@ class LongDocuments(Evaluation):
 
 @dataclasses.dataclass(kw_only=True)
 class Recall(Evaluation):
-    """Recall of pass keys and of facts about invented persons, hidden in real text and asked for at its end.
+    """Recall of pass keys and of facts about invented people, hidden in real text and asked for at its end.
 
-    Reports greedy exact match and the rank of the right answer among candidates, by the text's length in segments and
-    the depth of the hidden sentence, and the same with an empty memory. The text is that of --data.source, or of the
-    validation documents of the run. Ctrl-C ends the measurement with the result so far, labelled as partial.
+    Reports exact match under greedy decoding and the rank of the right answer among candidates, by text length in
+    segments and by depth of the hidden sentence, each also with an empty memory. The text is --data.source, or the
+    run's validation documents. Ctrl-C stops early and keeps the result so far, marked as partial.
     """
 
     measure: ClassVar = "recall"
@@ -138,12 +139,15 @@ class Recall(Evaluation):
 class Reversal(Evaluation):
     """The reversal curse: a model that learned "A is B" need not know "B is A".
 
-    Reports, for each direction and with bootstrap intervals, the perplexity of sentences and of answers, and the
-    accuracy and mean rank of the right answer among the answers of its relation. The pairs are built in, or read from
-    --pairs: a .csv or .jsonl file with the fields relation, forward_prompt, forward_answer, backward_prompt,
-    backward_answer; or relation, subject, object, forward_template, backward_template, such as "The capital of
-    {subject} is {object}." With --places memory or context, the model is also asked for facts that were just stated
-    in a text: the validation documents of the run, or --data.source.
+    Reports for each direction, with bootstrap intervals: the perplexity of sentences and of answers, how often the
+    right answer ranks first among the answers of its relation, and its mean rank.
+
+    The pairs are built in or read from a .csv or .jsonl file (--pairs). Its fields are relation, forward_prompt,
+    forward_answer, backward_prompt, backward_answer; or relation, subject, object, forward_template, backward_template,
+    with templates such as "The capital of {subject} is {object}."
+
+    With --places memory or context, the model is also asked for facts that a text has just stated. The text is
+    --data.source, or the run's validation documents.
     """
 
     measure: ClassVar = "reversal"
@@ -152,19 +156,20 @@ class Reversal(Evaluation):
 
     def __post_init__(self) -> None:
         if self.evaluated_text is None and self.data != TextConfig():
-            raise UserError("data: a text is read only where --places names memory or context")
+            raise UserError("data: a text is only read with --places memory or context")
 
     @property
     def evaluated_text(self) -> TextConfig | None:
-        """Fresh facts are stated in a text; the pairs are separate sentences."""
+        """Only fresh facts need a text; the pairs are separate sentences."""
         return self.data if {"memory", "context"} & set(self.options.places) else None
 
 
 @dataclasses.dataclass(kw_only=True)
 class Doctor(Evaluation):
-    """Look for faults that make measurements wrong: shifted labels, leaks, written memory, overlapping splits.
+    """Check for faults that make measurements wrong, such as shifted labels, leaks, or overlapping splits.
 
-    The text is the validation documents of the run, or --data.source. Exit code 1: a fault was found.
+    Also checks that evaluation does not write to the memory. The text is --data.source, or the run's validation
+    documents. Exits with code 1 if it finds a fault.
     """
 
     measure: ClassVar = "doctor"
@@ -174,22 +179,22 @@ class Doctor(Evaluation):
 
 @dataclasses.dataclass(kw_only=True)
 class Inspect(Evaluation):
-    """Write a page of your own text in which each token is shaded by what the memory was worth to it.
+    """Write a page that shades each token of your own text by how much the memory helped to predict it.
 
-    A token's worth is its loss with the memory emptied minus its loss with the memory carried. The page shows first the
-    passages that the memory helped and harmed most, with the likeliest tokens with and without it, the gates, and which
-    of several memories was read; then continuations of documents with the memory and without.
+    This is the token's loss with the memory emptied minus its loss with the memory carried. The page first shows the
+    passages that the memory helped and harmed most, with the most likely tokens with and without memory, the gates and,
+    in models with several memories, which one was read. Then it continues documents with and without the memory.
 
     Examples:
       new-llm inspect --run runs/quick --model token_memory --text my_text.txt
     """
 
-    without_hub: ClassVar[str] = "name a folder by --run"
+    without_hub: ClassVar[str] = "use a local folder (--run)"
     measure: ClassVar = "passages"
     text: Path
-    """The text: .txt, .jsonl or .parquet, also packed; a .txt file is one document."""
+    """The text: .txt, .jsonl or .parquet, also compressed (.gz, .zst, .xz); a .txt file is one document."""
     max_tokens_per_document: Annotated[int | None, Field(ge=2)] = None
-    """Read only this many tokens of each document, from its start; None: all."""
+    """Read only the first N tokens of each document; None: all."""
     data: Suppress[TextConfig] = dataclasses.field(default_factory=TextConfig)
     options: Annotated[PassagesConfig, arg(name="")] = dataclasses.field(
         default_factory=lambda: PassagesConfig(num_helped=8, num_harmed=4)
@@ -200,30 +205,30 @@ class Inspect(Evaluation):
 
     @property
     def settings(self) -> EvalConfig:
-        """Whole documents, whatever their length."""
+        """The flags as an eval section that includes short documents."""
         long = AllLongDocumentsConfig(min_tokens=2, max_tokens_per_document=self.max_tokens_per_document)
         return EvalConfig(measures=self.measures, passages=self.options, long_documents=long)
 
 
 @dataclasses.dataclass(kw_only=True)
 class AnyMeasures(Evaluation):
-    """Any measures by name, your own included: --measures memory_usage my_module:MyMeasure.
+    """Run any measures by name, including your own: --measures memory_usage my_module:MyMeasure.
 
-    All flags are those of an experiment's eval section. Each measure's result is a JSON file of its own.
+    The flags are those of an experiment's eval section. Each measure writes its own JSON file.
     """
 
     options: Annotated[EvalConfig, arg(name="")] = dataclasses.field(default_factory=EvalConfig)
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """Those of --measures."""
+        """The names given by --measures."""
         return self.options.measures
 
 
 class Eval(CommandGroup):
     """Measure a trained model.
 
-    Every measurement writes a JSON file that says what was measured, how and by which code.
+    Every measurement writes a JSON file that records what was measured, how, and with which version of the code.
 
     Examples:
       new-llm eval ppl --run runs/quick --model infini --protocol streaming

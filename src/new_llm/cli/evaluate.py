@@ -1,4 +1,4 @@
-"""What every command of `new-llm eval` does: load a model, measure it, write the record, print it, draw its charts."""
+"""Run an evaluation command: load the model, measure it, write the record, print it, and draw charts."""
 
 import dataclasses
 import sys
@@ -26,12 +26,15 @@ FAULT_FOUND, INTERRUPTED = 1, 130
 
 
 def evaluate(command: Evaluation) -> int:
-    """Measure what the command names.
+    """Run the command's measures, and print and write their results.
 
     Returns:
-        The exit code: 130 where a measurement was interrupted and its result is partial, 1 where it found a fault.
+        The exit code: 0; 1 if the doctor found a fault; 130 if a measurement was interrupted and its result is partial.
+
+    Raises:
+        UserError: a measure failed; those that worked have been written.
     """
-    register_measure(Doctor)  # here, because experiments do without its modules
+    register_measure(Doctor)  # here, so that experiments need not import its modules
     settings, measures = command.settings, find_measures(command.measures)
     text_config = command.evaluated_text
     loaded = add_cache(load_any_model(command.subject), command.subject.cache, text_config)
@@ -56,7 +59,7 @@ def evaluate(command: Evaluation) -> int:
         for place, chart in enumerate(measure.charts([ModelResult(loaded.label, record["result"])])):
             picture = path.with_name(f"{path.stem}-{chart.name}.svg") if place else path.with_suffix(".svg")
             write_chart(chart, picture)
-            print_text(f"picture: {picture}")
+            print_text(f"chart: {picture}")
         if measure.texts([ModelResult(loaded.label, record["result"])]):
             page = path.with_suffix(".html")
             models = [{"model_type": loaded.label, "evaluation": {measure.name: record["result"]}}]
@@ -68,18 +71,18 @@ def evaluate(command: Evaluation) -> int:
             print_text(f"page: {page}")
         print_text(f"results: {path}")
         if record["status"] == "partial":
-            print("interrupted: the result is partial, and is labelled so", file=sys.stderr)
+            print("interrupted: the result is partial and marked as such", file=sys.stderr)
             return INTERRUPTED
         if result.get("num_fault"):
-            print(f"{result['num_fault']} found: readings of this model can't be trusted", file=sys.stderr)
+            print(f"faults found: {result['num_fault']}; don't trust measurements of this model", file=sys.stderr)
             return FAULT_FOUND
-    if refused:  # the other measures are done
+    if refused:
         raise UserError("; ".join(refused))
     return 0
 
 
 def run_with_progress(measure: Measure, subject: Subject) -> dict[str, Any] | None:
-    """The measure's result, with progress on stderr; Ctrl-C ends it with what it has found so far, where it can."""
+    """Run a measure with progress on stderr; if it supports this, Ctrl-C stops it and keeps the result so far."""
     stopping = catch_stop_signals() if measure.can_stop else nullcontext()
     with stopping as should_stop, show_progress(measure.title) as update:
         hooks: dict[str, Any] = {"on_progress": lambda done, total: update(completed=done, total=total)}
@@ -88,7 +91,7 @@ def run_with_progress(measure: Measure, subject: Subject) -> dict[str, Any] | No
 
 
 def show(measure: Measure, record: dict[str, Any], label: str) -> None:
-    """Print the measure's columns, its tables, what they say, and the notes."""
+    """Print the measure's columns and tables, its summary in words, and notes."""
     result, console = record["result"], open_console()
     partial = " (partial)" if record["status"] == "partial" else ""
     console.print(f"{measure.title} of {record['subject']['path']}{partial}", style="bold", soft_wrap=True)

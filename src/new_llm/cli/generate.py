@@ -1,4 +1,4 @@
-"""`new-llm generate`: a run's model continues texts."""
+"""`new-llm generate`: continue texts with a run's model."""
 
 import dataclasses
 import json
@@ -14,14 +14,14 @@ from new_llm.config.files import read_text_file
 from new_llm.config.model import GenerationConfig
 from new_llm.config.terminal import make_printable, print_text
 
-# What imports torch is imported after help and bad flags have been answered.
+# Modules that import torch are imported in `execute`, so that help and flag errors appear at once.
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from new_llm.models.generation import GenerationStatistics
 
 MAX_PROMPT_BYTES = 1 << 26
-"""A prompt is one text: several books, no corpus."""
+"""Enough for several books, but not for a corpus."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -41,20 +41,19 @@ class Generate(Command):
     run: Path
     """A run folder, or the folder of a saved model."""
     prompt: UseAppendAction[tuple[str, ...]]
-    """The text to continue; given several times, the texts are continued together."""
+    """The text to continue; repeat the flag to continue several texts in one batch."""
     prompt_file: Path | None = None
-    """A UTF-8 file with the text to continue, without its last line break; - reads standard input."""
+    """A UTF-8 file with the text to continue, read without its final line break; - reads standard input."""
     model: str | None = None
-    """Which model of the run; not needed where there is only one."""
+    """Which model of the run; not needed if there is only one."""
     memory: Path | None = None
-    """A memory file to start from; without one the memory is empty."""
+    """The memory file to start from; None: an empty memory."""
     compare_memory: Path | None = None
-    """A memory file: continue the text greedily with this memory, and again with an empty one."""
+    """Continue the text greedily with the memory of this file, and again with an empty memory."""
     force: bool = False
     """Accept a memory that was filled by other weights."""
     save_memory: Path | None = None
-    """Afterwards, write the memory to this file, *.safetensors: the memory it started from, plus what was read and
-    generated."""
+    """Write the final memory to this .safetensors file: the starting memory plus all text read and generated."""
     stream: bool = False
     """Show the text as it is generated (one prompt only)."""
     json: bool = False
@@ -67,11 +66,11 @@ class Generate(Command):
         if self.prompt_file is not None and self.prompt:
             raise UserError("--prompt-file: can't be combined with --prompt")
         if not self.prompt and self.prompt_file is None:
-            raise UserError("--prompt: at least one text is needed, or --prompt-file")
+            raise UserError("--prompt: give at least one text, or use --prompt-file")
         if self.stream and len(self.prompt) > 1:
             raise UserError(f"--stream: takes a single prompt; {len(self.prompt)} are given")
         if self.stream and self.json:
-            raise UserError("--stream: --json prints a text once it is complete; leave one of them out")
+            raise UserError("--stream: can't be combined with --json, which prints complete texts")
         if self.compare_memory is not None:
             others = {
                 "--memory": self.memory,
@@ -83,7 +82,7 @@ class Generate(Command):
                 raise UserError(f"--compare-memory: can't be combined with {', '.join(given)}")
 
     def execute(self) -> None:
-        """Generate, print the texts and write the memory that was asked for."""
+        """Generate and print the texts; with --save-memory, write the memory."""
         from new_llm.data.tokenizer import find_special_tokens
         from new_llm.experiments.memory_filling import check_output
         from new_llm.experiments.run_folder import load_run_model
@@ -106,7 +105,7 @@ class Generate(Command):
         drawn = () if config.do_sample else ("temperature", "top_k", "top_p", "seed")
         if unused := [name for name in drawn if getattr(config, name) != getattr(GenerationConfig, name)]:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
-            print(f"note: {flags}: without effect unless --do-sample is given", file=sys.stderr)
+            print(f"note: {flags}: no effect without --do-sample", file=sys.stderr)
         end = find_special_tokens(tokenizer).get("eos_token")
         if end is not None and not config.eos_token_id:
             config = dataclasses.replace(config, eos_token_id=tokenizer.get_vocab()[end])
@@ -128,7 +127,7 @@ class Generate(Command):
                     update_memory=self.save_memory is not None,
                 )
                 found.append((start, statistics))
-        except ValueError as error:  # of the library: rows of a memory, ids outside the vocabulary
+        except ValueError as error:  # from the library: wrong number of memory rows, ids outside the vocabulary
             raise UserError(str(error)) from None
         if self.save_memory is not None:
             save_memory_file(model, self.save_memory)
@@ -139,13 +138,13 @@ class Generate(Command):
         for _, statistics in found:
             passes = "1 pass" if statistics.passes == 1 else f"{statistics.passes} passes"
             print(
-                f"{statistics.num_tokens:,} new tokens after {statistics.num_prompt_tokens:,} of the prompt in "
+                f"{statistics.num_tokens:,} new tokens after {statistics.num_prompt_tokens:,} prompt tokens in "
                 f"{statistics.seconds:.2f} s, {statistics.tokens_per_second:,.0f} tokens/s, {passes} per token",
                 file=sys.stderr,
             )
 
     def show(self, prompts: "Sequence[str]", found: "Sequence[tuple[Path | None, GenerationStatistics]]") -> None:
-        """Print each prompt with what follows it; in a comparison, from the memory file and then from an empty one."""
+        """Print each prompt with its continuation; in a comparison, with the memory file and with an empty memory."""
         texts = [statistics.texts or () for _, statistics in found]
         if self.json:
             names = ("num_tokens", "num_prompt_tokens", "seconds", "prompt_seconds", "tokens_per_second", "passes")
@@ -173,22 +172,22 @@ class Generate(Command):
 
 
 def show_piece(_: int, piece: str) -> None:
-    """Print text as it is made."""
+    """Print text as it is generated."""
     print(for_stdout(piece), end="", flush=True)
 
 
 def read_prompt(path: Path) -> str:
-    """The text of a file, or of the standard input for `-`, without its last line break."""
+    """The text of a file, or of standard input for `-`, without its final line break."""
     if str(path) != "-":
         text = read_text_file(path, MAX_PROMPT_BYTES)
     else:
         try:
             text = sys.stdin.buffer.read().decode("utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"--prompt-file: the standard input is not UTF-8: {error.reason}") from None
+            raise UserError(f"--prompt-file: standard input is not UTF-8: {error.reason}") from None
     return text.removeprefix("\ufeff").removesuffix("\n").removesuffix("\r")
 
 
 def for_stdout(text: str) -> str:
-    """A text for a terminal, which would obey escape sequences; a file gets it as it is."""
+    """A text with control characters escaped if stdout is a terminal, which would obey them; else unchanged."""
     return make_printable(text) if sys.stdout.isatty() else text

@@ -1,4 +1,4 @@
-"""The command `new-llm`: finds the sub-command, and turns every failure into one line and an exit code."""
+"""The `new-llm` command: finds the subcommand, and turns every failure into one line and an exit code."""
 
 import gc
 import importlib
@@ -17,8 +17,7 @@ from new_llm.config.errors import HubError, OtherProcessError, UserError
 from new_llm.config.files import describe_os_error
 from new_llm.config.terminal import handle_signals, make_line, prepare_terminal
 
-# Module and class of each command. Modules are imported only when their command is asked for, so that help never waits
-# for torch.
+# Module and class of each command. A module is imported only for its own command, so that help never waits for torch.
 COMMANDS: dict[str, tuple[str, str]] = {
     "completion": ("command:Completion", "print a completion script for bash, zsh or fish"),
     "eval": ("eval:Eval", "measure a trained model: perplexity, recall, the reversal curse and more"),
@@ -30,8 +29,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "export": ("export:Export", "export a model as a folder for Hugging Face's tools"),
     "generate": ("generate:Generate", "continue a text"),
-    "inspect": ("eval:Inspect", "show what the memory knew about a text of yours, token by token"),
-    "lm-eval": ("export:LmEval", "lm-evaluation-harness with this project's models"),
+    "inspect": ("eval:Inspect", "show, token by token, how much the memory helped on your own text"),
+    "lm-eval": ("export:LmEval", "run lm-evaluation-harness on this project's models"),
     "memory": ("memory:Memory", "fill, show, merge and compare memory files"),
     "report": ("runs:Report", "rewrite a run's report, or compare several runs"),
     "runs": ("runs:Runs", "list the runs of a folder, or show one"),
@@ -46,17 +45,19 @@ A laboratory for language models with compressive memory.
 commands:
 {commands}
 
-new-llm COMMAND --help shows a command's options; --debug shows the traceback of an error; --version."""
+Options of a command: new-llm COMMAND --help
+Traceback of an error: --debug
+Version: new-llm --version"""
 
 BUG, BAD_INPUT, INTERRUPTED = 1, 2, 130
-"""Exit codes. What the machine refuses, such as a full disk, counts as bad input: the user can mend it."""
+"""Exit codes. System failures such as a full disk count as bad input, because the user can fix them."""
 OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "can't start new thread",
                  "failed to map segment")  # fmt: skip
-"""Words of errors by which libraries say that memory is at its limit."""
+"""Phrases in library errors that mean out of memory."""
 
-# torch's threads spin while they wait for one another. On a machine that does anything else beside, the spinning takes
-# the time of the thread that is waited for: one busy neighbour on two cores then costs a factor of five, and sleeping
-# threads cost nothing that could be measured. It is read when torch is imported, and a setting of the user's own wins.
+# By default torch's threads spin while they wait for one another. If the machine does anything else, the spinning takes
+# time from the very thread that is waited for: one busy neighbour on two cores then costs a factor of five. Sleeping
+# threads cost nothing measurable. torch reads this variable when it is imported; a value set by the user wins.
 WAIT_POLICY = "PASSIVE"
 
 
@@ -81,20 +82,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Any = None
     try:
         check_command(given[0])
-        # These end what runs as Ctrl-C does: temporary files go, what is done is kept.
+        # These signals end a command like Ctrl-C: temporary files are removed, finished work is kept.
         with handle_signals((signal.SIGTERM, signal.SIGUSR1), signal.default_int_handler):
-            gc.disable()  # imports make many objects and no garbage: looking for some took a sixth of the start
+            gc.disable()  # imports create many objects but no garbage; looking for it took a sixth of the start-up time
             try:
                 command = load_command(given[0])
-                command = command.read(given[1:], f"new-llm {given[0]}")  # of a group, the chosen one
+                command = command.read(given[1:], f"new-llm {given[0]}")  # for a group, the chosen subcommand
             finally:
                 gc.enable()
-                if arguments is None:  # the process is ours: modules stay to its end, which searched them for 0.4 s
+                if arguments is None:  # our own process: modules live until exit, which spent 0.4 s searching them
                     gc.freeze()
             return command.execute() or 0
     except SystemExit:
         raise
-    # Not only Exception: libraries written in Rust raise a BaseException where their own code fails.
+    # Not only Exception: libraries written in Rust raise a BaseException when they panic.
     except BaseException as error:
         if debug:
             traceback.print_exception(error)
@@ -108,15 +109,15 @@ def load_command(name: str) -> Any:
 
 
 def explain(error: BaseException, without_hub: str = "") -> int:
-    """Say in a line what ended a command; returns its exit code.
+    """Print one line about the error that ended a command; returns its exit code.
 
     Args:
-        without_hub: what the command offers where the hub is out of reach.
+        without_hub: what the command suggests if the hub is out of reach.
     """
-    if isinstance(error, OtherProcessError):  # which has said why
+    if isinstance(error, OtherProcessError):  # that process reports it
         return end_quietly(BAD_INPUT if error.is_user_error else BUG)
     if isinstance(error, BrokenPipeError):
-        # The reader of our output is gone; keep Python from complaining about it once more at exit.
+        # The reader of our output is gone; keep Python from reporting this again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     if isinstance(error, KeyboardInterrupt):
@@ -125,7 +126,7 @@ def explain(error: BaseException, without_hub: str = "") -> int:
         return INTERRUPTED
     code, message = describe_error(error, without_hub)
     processes = sys.modules.get("new_llm.processes")
-    # Before the processes have met all find the same, and the main one says it; later each says what only it found.
+    # Until the processes have met, all hit the same error and the main one reports it; later each reports its own.
     if not (is_main_process() or (processes is not None and processes.have_met())):
         return end_quietly(code)
     complain(message)
@@ -135,7 +136,7 @@ def explain(error: BaseException, without_hub: str = "") -> int:
 
 
 def describe_error(error: BaseException, without_hub: str) -> tuple[int, str]:
-    """The exit code and the words for an error that ends a command."""
+    """The exit code and the message for an error that ends a command."""
     text = str(error)
     kind = f"{type(error).__name__}: {text}" if text else type(error).__name__
     if isinstance(error, HubError) and without_hub:
@@ -145,12 +146,12 @@ def describe_error(error: BaseException, without_hub: str) -> tuple[int, str]:
     is_full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if is_full or any(words in text.lower() for words in OUT_OF_MEMORY):
         return BAD_INPUT, f"out of memory ({kind[:200]}); a smaller model, batch or text needs less"
-    if isinstance(error, OSError):  # a full disk, one that is gone, no rights
+    if isinstance(error, OSError):  # a full or missing disk, no permission
         return BAD_INPUT, describe_os_error(error)
     if isinstance(error, RuntimeError) and "home directory" in text:
-        return BAD_INPUT, "there is no home directory for ~: set HOME, or name the folder"
+        return BAD_INPUT, "there is no home directory for ~: set HOME, or give the full path"
     if type(error).__module__ == "pyo3_runtime":
-        return BAD_INPUT, f"the tokenizer failed in its own code ({kind[:200]}); is its file damaged?"
+        return BAD_INPUT, f"the tokenizer library failed ({kind[:200]}); is the tokenizer's file damaged?"
     loading = sys.modules.get("new_llm.config.loading")
     if loading is not None and (told := loading.describe_own_error(error)) is not None:
         return BAD_INPUT, f"{told}; --debug shows the traceback"
@@ -158,7 +159,7 @@ def describe_error(error: BaseException, without_hub: str) -> tuple[int, str]:
 
 
 def find_place(error: BaseException) -> str:
-    """File and line of this package where an error came from, without the path that leads to the package."""
+    """The file and line of this package where an error was raised, relative to the package."""
     frames = traceback.extract_tb(error.__traceback__)
     for frame in reversed(frames):
         _, package, place = frame.filename.rpartition(f"{os.sep}new_llm{os.sep}")
@@ -169,15 +170,15 @@ def find_place(error: BaseException) -> str:
 
 def complain(message: str) -> int:
     """Print one line on stderr; returns the exit code of bad input."""
-    with suppress(OSError):  # the disk that is full may be the one that this goes to
+    with suppress(OSError):  # stderr may go to the disk that is full
         print(f"new-llm: {make_line(message)}", file=sys.stderr)
     return BAD_INPUT
 
 
 TOGETHER = ("experiment", "experiment-selective", "train-adapter")
-"""Commands whose processes work together."""
+"""Commands that can run in several processes."""
 QUIET_SECONDS = 1.0
-"""What the process that says what is wrong is given for it."""
+"""Time for another process to report an error before this one exits."""
 
 
 def is_main_process() -> bool:
@@ -186,16 +187,16 @@ def is_main_process() -> bool:
 
 
 def check_command(command: str) -> None:
-    """Refuse several processes for a command that would do the same in each of them."""
+    """Reject several processes for a command that would do the same work in each."""
     count = os.environ.get("WORLD_SIZE") or "1"
     if not count.isdigit():
         raise UserError(f"WORLD_SIZE: {count!r} is not a number of processes")
     if int(count) > 1 and command not in TOGETHER:
-        raise UserError(f"{command} runs in one process, not in {count}; in several run {', '.join(TOGETHER)}")
+        raise UserError(f"{command} runs in one process, not in {count}; only {', '.join(TOGETHER)} can use several")
 
 
 def end_quietly(exit_code: int) -> int:
-    """Leave it to another process to say what is wrong: a launcher ends all as soon as the first one has ended."""
+    """Wait, so that another process can report the error: a launcher kills all as soon as one exits."""
     time.sleep(QUIET_SECONDS)
     return exit_code
 

@@ -13,7 +13,7 @@ from new_llm.config.evaluation import FillConfig
 from new_llm.config.terminal import open_console, print_text, show_progress
 from new_llm.formats import format_plural
 
-# The commands themselves import what imports torch, after help and bad flags have been answered.
+# Modules that import torch are imported in `execute`, so that help and flag errors appear at once.
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(kw_only=True)
 class Fill(Command):
-    """Read texts into an empty memory of a run's model, and write it to a file.
+    """Fill the memory of a run's model by reading texts, and write it to a file.
 
-    If memories can be added (no delta rule, no decay), each file is read from an empty memory and the
-    memories are summed. Otherwise the files are read one after another, in the order given.
+    If the model's memories can be added (no delta rule, no decay), each file is read into an empty memory and the
+    memories are summed. Otherwise all files are read into one memory, in the order given.
     """
 
     run: Path
@@ -35,7 +35,7 @@ class Fill(Command):
     out: Path
     """The memory file to write, *.safetensors."""
     model: str | None = None
-    """Which model of the run; not needed where only one has memory."""
+    """Which model of the run; not needed if only one has memory."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     reading: Annotated[FillConfig, arg(name="")] = dataclasses.field(default_factory=FillConfig)
@@ -56,14 +56,14 @@ class Fill(Command):
         check_text_files(self.text)
         console = open_console(stderr=True)
         size = sum(path.stat().st_size for path in self.text)
-        if not console.is_terminal:  # in a terminal the bar says it
+        if not console.is_terminal:  # where there is no progress bar
             console.print(f"reading {format_plural(len(self.text), 'file')}, {size:,} bytes")
         model, tokenizer = load_run_model(self.run, self.model, needs_memory=True)
         check_output(self.out, self.text)
         if len(self.text) > 1 and not memory_adds(model):
-            note = "memories of different texts do not add here: the files are read one after another, in this order"
+            note = "memories of this model can't be added: the files are read into one memory, in the order given"
             console.print(f"note: {note}", soft_wrap=True)
-        # Of formats that are packed or hold more than text, the bytes of text are not known beforehand.
+        # In compressed or structured formats the number of bytes of text is not known in advance.
         total = size if all(map(is_plain, self.text)) else None
         with show_progress("reading", total=total, in_bytes=True) as update:
             result = fill_memory(
@@ -83,13 +83,13 @@ class Fill(Command):
 
 @dataclasses.dataclass(kw_only=True)
 class Show(Command):
-    """Show what a memory file holds."""
+    """Show the contents of a memory file."""
 
     file: Positional[Path]
     """A memory file."""
 
     def execute(self) -> None:
-        """Print the file's facts, and each tensor's shape and norm: of a count, the count itself."""
+        """Print the file's metadata and each tensor's shape and norm; for a count, its value."""
         from new_llm.models.memory_file import list_tensors, read_memory_file
         from new_llm.report import ColumnTable
 
@@ -122,17 +122,17 @@ class Show(Command):
 
 @dataclasses.dataclass(kw_only=True)
 class Merge(Command):
-    """Add memories that one model has filled from different texts, without the delta rule and decay."""
+    """Add memories that one model, without delta rule or decay, has filled from different texts."""
 
     files: Positional[tuple[Path, ...]]
     """Memory files, at least two."""
     out: Path
-    """The memory file to write, *.safetensors; may be one of the files."""
+    """The memory file to write, *.safetensors; may be one of the inputs."""
     force: bool = False
     """Accept memories that were filled by different weights."""
 
     def execute(self) -> None:
-        """Merge and say what came out."""
+        """Merge the files and print the result's size."""
         from new_llm.experiments.memory_filling import check_output
         from new_llm.models.memory_file import merge_memory_files
 
@@ -151,7 +151,7 @@ class Compare(Command):
     a: Positional[Path]
     """A memory file."""
     b: Positional[Path]
-    """Another."""
+    """Another memory file."""
 
     def execute(self) -> None:
         """Print the norms, the relative differences and the cosines."""
@@ -170,7 +170,7 @@ class Compare(Command):
         console.print(ColumnTable.of_words(rows))
         console.print(f"A = {self.a}\nB = {self.b}", soft_wrap=True)
         if one.weights_fingerprint != two.weights_fingerprint:
-            console.print("note: different weights have filled them")
+            console.print("note: the memories were filled by different weights")
 
 
 class Memory(CommandGroup):
@@ -180,7 +180,7 @@ class Memory(CommandGroup):
 
 
 def _count_tokens(content: "MemoryFile") -> str:
-    """The tokens that a memory has seen, where its layers count them."""
+    """The tokens that a memory has seen, e.g. "12 tokens in "; empty if its layers do not count them."""
     return "" if content.tokens_seen is None else f"{format_plural(content.tokens_seen, 'token')} in "
 
 

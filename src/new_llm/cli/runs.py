@@ -1,4 +1,4 @@
-"""`new-llm runs` lists the runs of a folder, `runs show` shows one, `new-llm report` writes their page again."""
+"""`new-llm runs` lists runs, `new-llm runs show` shows one, `new-llm report` rewrites their page."""
 
 import csv
 import dataclasses
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(kw_only=True)
 class ListRuns(Command):
-    """List the runs of a folder, a line for each model."""
+    """List the runs in a folder, one line per model."""
 
     runs_dir: Path = Path("runs")
-    """The folder of runs."""
+    """The folder that contains the runs."""
     format: Literal["table", "csv", "json"] = "table"
-    """table: for people; csv and json: for programs, with a row or an object for each model."""
+    """table: for people; csv, json: for programs, with one row or object per model."""
 
     def execute(self) -> None:
         """Print the table."""
@@ -59,12 +59,12 @@ class ShowRun(Command):
     """Show one run: its models, its settings other than the defaults, and its files."""
 
     run: Positional[str]
-    """The run's folder, or its name in the folder of runs."""
+    """The run's folder, or its name below --runs-dir."""
     runs_dir: Path = Path("runs")
-    """The folder of runs."""
+    """The folder that contains the runs."""
 
     def execute(self) -> None:
-        """Print it."""
+        """Print the run."""
         from new_llm.experiments.config import ExperimentConfig
         from new_llm.experiments.run_folder import CONFIG_KINDS, describe_resumption, describe_run, list_differences
         from new_llm.report import ColumnTable
@@ -72,7 +72,7 @@ class ShowRun(Command):
         places = (Path(self.run), self.runs_dir / self.run)
         folder = next((path for path in places for kind in CONFIG_KINDS if (path / kind.file_name).is_file()), None)
         if folder is None:
-            raise UserError(f"{self.run}: no run of this name, here or in {self.runs_dir}; `new-llm runs` lists them")
+            raise UserError(f"{self.run}: no such run, here or in {self.runs_dir}; `new-llm runs` lists all")
         found = describe_run(folder)
         if found.config is None:
             raise UserError(str(found.fault))
@@ -88,7 +88,7 @@ class ShowRun(Command):
         differences = list_differences(type(found.config)(), found.config)
         sections = {
             "settings other than the defaults": differences,
-            "measured since": found.evaluations,
+            "later evaluations": found.evaluations,
             "files": files,
         }
         for title, lines in sections.items():
@@ -97,7 +97,7 @@ class ShowRun(Command):
 
 
 class Runs(CommandGroup):
-    """The runs of a folder, with their status and best figures.
+    """List runs with their status and best results, or show one.
 
     Examples:
       new-llm runs
@@ -111,7 +111,7 @@ class Runs(CommandGroup):
 
 
 def print_plain(runs: "Sequence[RunStatus]", form: str) -> None:
-    """Each model of some runs with its run's status, on the standard output; unreadable runs have no model."""
+    """Print a row or object per model with its run's status; for an unreadable run, one without a model."""
     rows = [
         {
             "run": str(run.folder),
@@ -136,7 +136,7 @@ def print_plain(runs: "Sequence[RunStatus]", form: str) -> None:
 
 
 def describe_model(model: "ModelStatus") -> dict[str, str]:
-    """Epochs, tokens, perplexity, gates and the newest checkpoint for a table."""
+    """A model's epochs, tokens, perplexity, gates and newest checkpoint as table cells."""
     newest = model.checkpoints[0].split("-") if model.checkpoints else ()
     return {
         "epochs": f"{model.epochs}/{model.num_epochs}",
@@ -158,14 +158,14 @@ class Report(Command):
       new-llm report runs/quick
       new-llm report runs/quick-seed-0 runs/quick-seed-1 runs/quick-seed-2 --out seeds.html
 
-    Models that differ only in their seed are shown as one, with their mean and a band.
+    Models that differ only in their seed are shown as one: their mean, with a band.
     """
 
     runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN [RUN ...]")]
     """Run folders, or their results.json."""
     measures: tuple[str, ...] = ()
-    """Measures of your own that the runs used, as module:Class. For safety, no code is loaded that only a run's files
-    name."""
+    """Your own measures that the runs used, as module:Class. For safety, the report does not load code that is only
+    named in a run's files."""
     out: Path | None = None
     """The .html file to write; None: report.html in the run's folder, or in the current folder for several runs."""
 
@@ -177,12 +177,12 @@ class Report(Command):
         from new_llm.evaluation.doctor import Doctor
         from new_llm.report import read_runs, refuse_other_forms, write_page
 
-        register_measure(Doctor)  # so that its records are known
+        register_measure(Doctor)  # so that its records can be shown
         find_measures(self.measures)
         first = self.runs[0] if self.runs[0].is_dir() else self.runs[0].parent
         out = self.out or (first if len(self.runs) == 1 else Path()) / "report.html"
         if out.is_dir():
-            raise UserError(f"--out: {out} is a folder; the name of an .html file is expected")
+            raise UserError(f"--out: {out} is a folder; give the name of an .html file")
         with refuse_other_forms(self.runs):
             found = read_runs(self.runs)
             write_page(found, out)

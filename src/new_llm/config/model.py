@@ -1,4 +1,4 @@
-"""The shape of a model and its limits, the named sizes of the Pythia suite, adapters' files, caches, and generation."""
+"""Configuration of a model's shape, with the named sizes of the Pythia suite, of caches, and of generation."""
 
 import dataclasses
 from pathlib import Path
@@ -19,9 +19,9 @@ SIZES: dict[str, dict[str, Any]] = {
 """The shapes of EleutherAI/pythia-14m to pythia-410m (arXiv:2304.01373, table 1, and their config.json)."""
 
 MAX_SIZE = 1 << 24
-"""Of any width, vocabulary, number of heads or memories, or tokens in a segment."""
+"""Limit for widths, the vocabulary, numbers of heads and memories, and tokens in a segment."""
 MAX_LAYERS = 1 << 10
-"""Of a model, and passes through them."""
+"""Limit for layers and for passes through them."""
 Size = Annotated[int, Field(gt=0, le=MAX_SIZE)]
 
 
@@ -33,11 +33,11 @@ class PythiaConfig:
     """
 
     vocab_size: Size = 50304
-    """Rows of the embedding and of the head."""
+    """Number of tokens: rows of the embedding and of the output head."""
     hidden_size: Size = 512
     """Width D of the residual stream."""
     num_hidden_layers: Annotated[int, Field(gt=0, le=MAX_LAYERS)] = 6
-    """Number of layers; in a memory model those of `memory_layers` have memory."""
+    """Number of layers, including memory layers (`memory_layers`)."""
     num_attention_heads: Size = 8
     """Number of softmax attention heads."""
     intermediate_size: Size = 2048
@@ -45,7 +45,7 @@ class PythiaConfig:
     max_position_embeddings: Size = 2048
     """Maximum segment length for rotary positions, in tokens."""
     rotary_pct: Annotated[float, Field(gt=0, le=1)] = 0.25
-    """Share of each head's width that gets rotary positions."""
+    """Fraction of each head's width that gets rotary positions."""
     rotary_emb_base: Annotated[float, Field(gt=1)] = 10000.0
     """Base of the rotary wavelengths."""
     layer_norm_eps: Annotated[float, Field(gt=0)] = 1e-5
@@ -53,7 +53,7 @@ class PythiaConfig:
     initializer_range: Annotated[float, Field(gt=0)] = 0.02
     """Standard deviation of the normal initialisation."""
     tie_word_embeddings: bool = False
-    """Use the embedding as the output head: fewer parameters, and any token can be copied by the same map."""
+    """Use the embedding as the output head, too. This saves parameters, and one mapping can copy any token."""
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
@@ -70,20 +70,20 @@ class PythiaConfig:
 
 
 ADAPTER_SUFFIXES = (".safetensors", ".pt")
-"""Endings of an adapter's file, which say its format."""
+"""File name endings of the formats of adapters."""
 
 
 def check_adapter_suffix(path: Path, what: str) -> None:
-    """Refuse a file name whose ending says no format."""
+    """Reject a file name with another ending."""
     if path.suffix not in ADAPTER_SUFFIXES:
         raise UserError(f"{what}: {path} must end with {' or '.join(ADAPTER_SUFFIXES)}")
 
 
 COMPONENTS = ("model", "states", "unigrams", "bigrams", "trigrams", "match")
-"""What a cached model mixes."""
+"""The distributions that a cached model mixes."""
 MAX_ORDER = 3
 MATCH_BITS = (28, 42, 64)
-"""Where the ranges of a long match's information begin that have weights of their own."""
+"""Long matches have separate weights by their information; these are the borders of the ranges, in bits."""
 NUM_CONTEXTS = 2 + MAX_ORDER + len(MATCH_BITS)
 
 Weight = Annotated[float, Field(ge=0)]
@@ -92,18 +92,18 @@ Weights = Annotated[tuple[Weight, ...], Field(min_length=len(COMPONENTS), max_le
 
 @section
 class CacheConfig:
-    """A cache of the text read so far: of its last states, of what followed its n-grams, and of its longest match."""
+    """A cache of the text read so far: its last hidden states, its n-grams, and its longest match."""
 
     num_states: Annotated[int, Field(ge=0), short("--cache")] = 0
-    """N: the last states that are kept, each with the token that followed; 0: none."""
+    """N: keep the last N hidden states, each with the token that followed it; 0: none."""
     ngram_order: Annotated[int, Field(ge=0, le=MAX_ORDER), short("--ngrams")] = 0
-    """Count what followed in the text: 1 all tokens, 2 also each token (bigrams), 3 also each pair; 0: nothing."""
+    """Highest order of the n-grams to count in the text: 1 unigrams, 2 also bigrams, 3 also trigrams; 0: none."""
     longest_match: Annotated[bool, short("--longest-match")] = False
-    """Predict what followed the longest earlier passage that ends as the text does now."""
+    """Predict the token that followed the longest earlier occurrence of the text's current ending."""
     similarity: Literal["cosine", "dot"] = "cosine"
     """How two states are compared: by the angle between them, or by their inner product."""
     theta: Annotated[float, Field(gt=0)] = 12.0
-    """θ: how much more a similar state counts; its best value depends on the similarity."""
+    """θ: how strongly similar states are preferred; the best value depends on the similarity."""
     weights: Annotated[tuple[Weights, ...], Field(min_length=NUM_CONTEXTS, max_length=NUM_CONTEXTS)] = (
         (0.65, 0.35, 0.0, 0.0, 0.0, 0.0),
         (0.90, 0.07, 0.03, 0.0, 0.0, 0.0),
@@ -114,18 +114,18 @@ class CacheConfig:
         (0.28, 0.17, 0.01, 0.02, 0.24, 0.28),
         (0.16, 0.10, 0.01, 0.01, 0.18, 0.54),
     )
-    """Weights of model, states, unigrams, bigrams, trigrams and match by the longest context that the text has seen
-    before: none, as nothing has been read; 0 tokens; 1; 2; 3 or more with less than 28 bits of information; 42; 64;
-    with more. What is off or knows nothing is left out, and the others' weights are scaled to sum to 1. The defaults
-    are near what EM gives on articles."""
+    """Mixture weights, a row per length of the longest context that has occurred before in the text: nothing read yet;
+    0 tokens; 1; 2; 3 or more with less than 28 bits of information; less than 42; less than 64; more. Columns: model,
+    states, unigrams, bigrams, trigrams, match. Components that are off or have nothing to predict are left out, and the
+    others are scaled to sum to 1. The defaults are close to what EM finds on encyclopedia articles."""
 
     def __post_init__(self) -> None:
         if any(row[0] <= 0 for row in self.weights):
-            raise UserError("weights: the model's must be positive, or tokens that no cache knows have probability 0")
+            raise UserError("weights: the model's must be positive, or tokens that no cache knows get probability 0")
 
     @property
     def is_on(self) -> bool:
-        """Whether anything is cached."""
+        """Whether there is any cache."""
         return self.num_states > 0 or self.ngram_order > 0 or self.longest_match
 
 
@@ -146,23 +146,23 @@ class GenerationConfig:
     do_sample: bool = False
     """Sample each token; otherwise the most likely one is taken (greedy)."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Divides the logits before sampling; values below 1 make likely tokens more likely."""
+    """Logits are divided by it before sampling; below 1, likely tokens become more likely."""
     top_k: Annotated[int | None, Field(gt=0)] = None
     """Sample only from this many of the most likely tokens; None: from all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Sample from the smallest set of most likely tokens whose probabilities reach this sum."""
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
-    """Divides positive and multiplies negative logits of tokens already in the text; 1: no penalty."""
+    """For tokens already in the text, positive logits are divided and negative ones multiplied by it; 1: no penalty."""
     stop_strings: Annotated[tuple[StopString, ...], BeforeValidator(_as_tuple), short("--stop")] = ()
-    """Strings that end a row; the row's text ends before them."""
+    """Strings that end a continuation; its text ends before them."""
     eos_token_id: Annotated[tuple[TokenId, ...], BeforeValidator(_as_tuple)] = ()
-    """Token or tokens that end a row."""
+    """Ids of tokens that end a continuation."""
     pad_token_id: TokenId = 0
-    """Fills rows that ended before the others."""
+    """Fills rows that end before the others."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seed for sampling; row r uses seed + r, whatever the other rows are."""
+    """Seed for sampling; row r uses seed + r, independently of the other rows."""
     prompt_tokens_per_call: Annotated[int, Field(gt=0)] = 2048
     """Prompt tokens read per call, rounded down to whole segments (at least one)."""
 
     cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
-    """A cache of each row's own text, mixed with the model's probabilities."""
+    """A cache of each row's text, mixed with the model's probabilities."""

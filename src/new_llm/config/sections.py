@@ -1,7 +1,7 @@
-"""What every configuration section shares: validation on construction and short flags.
+"""What all configuration sections share: validation on construction, and short flags.
 
-A section is a dataclass whose fields carry their range (pydantic) and, where it has one, their short flag (tyro), so
-that Python, YAML and the command line accept and refuse the same values.
+A section is a dataclass whose fields carry their range (pydantic) and perhaps a short flag (tyro). So Python, YAML and
+the command line accept and reject the same values.
 """
 
 import ast
@@ -21,15 +21,15 @@ from new_llm.config.errors import UserError
 
 T = TypeVar("T")
 MAX_FAULTS, MAX_FAULT_CHARACTERS, MAX_INPUT_CHARACTERS = 10, 600, 100
-"""What an error quotes of a configuration that has many faults or long values."""
+"""Limits to what an error quotes of a configuration with many faults or long values."""
 
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(dataclasses.field,))
 def section(kind: type[T]) -> type[T]:
-    """Make a validated, keyword-only dataclass; bad values are a `UserError` of one line."""
+    """Make a validated, keyword-only dataclass; bad values raise a one-line `UserError`."""
     made = pydantic_dataclass(config=ConfigDict(extra="forbid", allow_inf_nan=False), kw_only=True)(kind)
     validate = made.__init__
-    place = getattr(kind, "place_keywords", None)  # a section may say where a keyword of its parts belongs
+    place = getattr(kind, "place_keywords", None)  # a section may move keywords into its subsections
 
     @functools.wraps(validate)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
@@ -43,7 +43,7 @@ def section(kind: type[T]) -> type[T]:
 
 
 def short(*flags: str) -> Any:
-    """A field's flags beside its long one: `num_samples` is `--data.num-samples` and `--samples`."""
+    """Further flags for a field: `num_samples` is both `--data.num-samples` and `--samples`."""
     return tyro.conf.arg(aliases=list(flags))
 
 
@@ -54,18 +54,18 @@ def _check_unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 UNIQUE = AfterValidator(_check_unique)
-"""Refuses a tuple that holds a value twice."""
+"""Rejects a tuple with duplicate values."""
 
 
 def read_field_docs(kind: type) -> dict[str, str]:
-    """The text below each field of a dataclass and its bases, by the field's name."""
+    """The docstrings below the fields of a dataclass and its bases, by field name."""
     bases = [base for base in reversed(kind.__mro__) if "__annotations__" in vars(base)]
     return {name: text for base in bases for name, text in _read_docs(base.__module__).get(base.__name__, {}).items()}
 
 
 @functools.cache
 def _read_docs(module: str) -> dict[str, dict[str, str]]:
-    """By class and field, the texts of a module; of one that stands in no file there are none."""
+    """The docstrings of fields in a module, by class and field; empty if it has no source file."""
     try:
         tree = ast.parse(inspect.getsource(sys.modules[module]))
     except (OSError, TypeError):
@@ -83,9 +83,9 @@ def _read_docs(module: str) -> dict[str, dict[str, str]]:
 
 
 def describe_validation_error(error: ValidationError, where: str) -> UserError:
-    """One line for everything that a configuration got wrong, each fault by the field's name."""
+    """One line for all faults of a configuration, each with its field's name."""
     faults: list[str] = []
-    # A list whose items were refused counts as too short, too.
+    # pydantic also reports a list as too short if its items were rejected.
     refused = {fault["loc"][:-1] for fault in error.errors() if fault["loc"]}
     found = [fault for fault in error.errors() if not (fault["type"] == "too_short" and fault["loc"] in refused)]
     for fault in found[:MAX_FAULTS]:
@@ -107,6 +107,6 @@ def describe_validation_error(error: ValidationError, where: str) -> UserError:
 
 
 def preview(value: Any) -> str:
-    """A value as errors quote it."""
+    """A value as quoted in errors, shortened."""
     text = repr(value)
     return text if len(text) <= MAX_INPUT_CHARACTERS else text[: MAX_INPUT_CHARACTERS - 1] + "…"

@@ -1,7 +1,7 @@
-"""Printing to a terminal: whatever it can encode, and nothing from a file that it would obey; and answering signals.
+"""Printing safely to any terminal, and handling signals.
 
-Names, metadata and texts come from files of others. Escape sequences in them could rewrite the screen, and rich would
-read square brackets as its own markup, so whatever is printed passes `print_text`, `make_line` or `open_console`.
+Names, metadata and texts can come from other people's files. Escape sequences in them could rewrite the screen, and
+rich would read square brackets as markup. So everything is printed by `print_text`, `make_line` or `open_console`.
 """
 
 import codecs
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 UNPRINTABLE = re.compile(
-    "[\0-\x08\x0b-\x1f\x7f-\x9f"  # control characters but tab and newline
+    "[\0-\x08\x0b-\x1f\x7f-\x9f"  # control characters except tab and newline
     "\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff"  # line separators and changes of direction
-    "\ufffe\uffff"  # what is no character; XML, too, may hold neither these nor most of the above
-    "\ud800-\udfff]"  # what no encoding has, such as undecodable bytes of a file's name
+    "\ufffe\uffff"  # noncharacters; XML allows neither these nor most of the above
+    "\ud800-\udfff]"  # surrogates, which no encoding has, e.g. from undecodable bytes in a file's name
 )
 HOME = re.compile(r"(?<![\w./-])(?:/(?:home|Users)/[\w.@-]+|/root)(?![\w.-])")
 PLAIN = str.maketrans({"–": "-", "—": "-", "−": "-", "‖": "|", "±": "+-", "→": "->", "…": "...", "·": "*", "×": "x",
                        "α": "alpha", "β": "beta", "≤": "<=", "≥": ">=", "\u00a0": " ", "│": "|",
                        "─": "-", "∞": "inf"})  # fmt: skip
-"""Stand-ins in a terminal without these characters."""
+"""Replacements in a terminal without these characters."""
 MIN_COLUMNS = 60
-"""Narrower tables and help would be cut to single letters; a narrower terminal wraps these lines instead."""
+"""In less, tables and help would be cut to single letters; a narrower terminal wraps these lines instead."""
 
 
 def make_printable(text: object) -> str:
-    r"""A text with control characters and other invisible commands shown as `\x1b`; tabs and newlines stay."""
+    r"""A text with control and other invisible characters escaped, e.g. as `\x1b`; tabs and newlines stay."""
     return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], str(text))
 
 
@@ -45,17 +45,17 @@ def make_line(text: object) -> str:
 
 
 def hide_home(text: str) -> str:
-    """A text to be shared, with `~` for the home folder in its paths, whoever's it is."""
+    """A text with `~` for any user's home folder in its paths, so that it can be shared."""
     return HOME.sub("~", text)
 
 
 def print_text(text: object, *, stderr: bool = False) -> None:
-    """`print` of printable text."""
+    """Print a text with control characters escaped."""
     print(make_printable(text), file=sys.stderr if stderr else sys.stdout)
 
 
 def prepare_terminal() -> None:
-    """Let stdout and stderr take any text, and tables and help have room; for the rest of the process."""
+    """Make stdout and stderr accept any text, and give tables and help enough columns."""
     codecs.register_error("new_llm.plain", _replace_unencodable)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -65,8 +65,8 @@ def prepare_terminal() -> None:
 
 
 def open_console(*, stderr: bool = False, **options: Any) -> "Console":
-    """rich's console that prints strings as they are: no markup, no emoji codes, no control characters."""
-    # rich is not needed for help and errors, which should not wait for it.
+    """A rich console that prints strings literally: no markup, no emoji codes, no control characters."""
+    # Imported here, because help and errors should not wait for rich.
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
 
@@ -83,9 +83,9 @@ def open_console(*, stderr: bool = False, **options: Any) -> "Console":
 def show_progress(
     what: str, unit: str = "", total: float | None = None, *, in_bytes: bool = False
 ) -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr; gives rich's `update` of it, which takes `advance`, or `completed` and `total`.
+    """Show a progress bar on stderr; yields rich's `update`, which takes `advance`, or `completed` and `total`.
 
-    Where stderr is no terminal, what has a unit is reported in one line at its end.
+    If stderr is not a terminal, one line at the end reports the total, provided that there is a `unit`.
     """
     from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -103,7 +103,7 @@ def show_progress(
 
 
 def _replace_unencodable(error: UnicodeError) -> tuple[str, int]:
-    """What stands for characters that a stream's encoding does not have."""
+    """Replace characters that a stream can't encode."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     part = error.object[error.start : error.end].translate(PLAIN)
@@ -112,7 +112,7 @@ def _replace_unencodable(error: UnicodeError) -> tuple[str, int]:
 
 @contextmanager
 def handle_signals(numbers: Iterable[int], handler: Callable[..., object]) -> Iterator[None]:
-    """Inside the block a handler answers these signals; not so outside the main thread, where none arrive."""
+    """Handle these signals while the block runs; does nothing outside the main thread, where no signals arrive."""
     try:
         before = {number: signal.signal(number, handler) for number in numbers}
     except ValueError:

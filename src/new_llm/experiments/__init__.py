@@ -1,4 +1,4 @@
-"""Experiments: train models on identical data, measure them, and keep a run folder."""
+"""Experiments: train models on identical data, measure them, and record everything in a run folder."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ __all__ = ["ExperimentConfig", "ModelConfig", "ModelType", "run_experiment"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "run_experiment":  # lazily: a configuration must not wait for accelerate
+    if name == "run_experiment":  # lazily, so that configurations load without accelerate
         from new_llm.experiments.runner import run_experiment
 
         return run_experiment

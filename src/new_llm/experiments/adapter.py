@@ -1,8 +1,8 @@
-"""Train a parallel memory adapter on long documents and measure it against its base: a run like any other.
+"""Train a parallel memory adapter on long documents and compare it with its base; otherwise a run like any other.
 
-The run's models are `base`, which is only measured, and `parallel_infini`, the base with the adapter. Beside the usual
-measures both read long held-out documents: does the memory that the adapter carries help, or only what it adds inside
-the segment?
+The run's models are `base`, which is only measured, and `parallel_infini`, the base with the adapter. In addition to
+the usual measures, both read long held-out documents. This shows whether the carried memory helps, or only what the
+adapter adds inside a segment.
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ WIKITEXT_ON_HUB = "wikitext-2"
 CHOICE_STREAM = 3
 """Keeps the choice of documents independent of other random numbers of the same seed."""
 BASE_HERE = (
-    "without the hub, train a base by `new-llm experiment --models pythia --data.source sotu --name base` and "
-    "use it by `--base runs/base`"
+    "without the hub, train a base with `new-llm experiment --models pythia --data.source sotu --name base` and "
+    "pass `--base runs/base`"
 )
 
 
@@ -45,26 +45,26 @@ def train_adapter(
     console: Console | None = None,
     write_report: ReportWriter | None = None,
 ) -> dict[str, Any]:
-    """Train and measure one adapter, and write its file; arguments, results and errors as of `run_experiment`."""
+    """Train and measure an adapter, and write its file; arguments, results and errors as in `run_experiment`."""
     return AdapterRun(config, resume=resume, console=console, write_report=write_report).execute()
 
 
 class AdapterRun(Run[AdapterTrainingConfig]):
-    """A run of a base and the base with an adapter, trained on streams of whole documents."""
+    """A run of a base, and of the base with an adapter that is trained on streams of whole documents."""
 
     untrained = (BASE,)
 
     def check(self) -> None:
-        """Reject, before the work, a path where the adapter's file can't be written."""
+        """Reject a path where the adapter's file can't be written, before the work begins."""
         out = self.config.out
         if out.is_dir():
             raise UserError(f"--out: {out} is a folder")
         out.parent.mkdir(parents=True, exist_ok=True)
-        # All samples of the chosen documents; the data's own limit is on what is read of the source.
+        # All samples of the chosen documents; data.num_samples only limits how much of the source is read.
         self.training_data = dataclasses.replace(self.config.data, num_samples=None)
 
     def prepare(self) -> PreparedData:
-        """The source's long documents, in the base's tokens, and the further text to measure on."""
+        """The source's long documents, tokenised for the base, and the further text to measure on."""
         self.source, tokenizer_name = find_base(self.config)
         base = load_configured_base(self.config, self.source)
         data = prepare_documents(self.config, tokenizer_name)
@@ -79,7 +79,7 @@ class AdapterRun(Run[AdapterTrainingConfig]):
             except UserError as error:
                 if self.config.wikitext != WIKITEXT_ON_HUB:
                     raise
-                note = f"WikiText-2 is not measured: {error} (--wikitext FILE names a local one)"
+                note = f"WikiText-2 is not measured: {error} (use a local file: --wikitext FILE)"
                 data.info["notes"].append(note)
         return data
 
@@ -88,7 +88,7 @@ class AdapterRun(Run[AdapterTrainingConfig]):
         base = load_configured_base(self.config, self.source)
         if name == BASE:
             return base
-        seed_generators(self.config.seed)  # loading the base may have drawn numbers
+        seed_generators(self.config.seed)  # again, because loading the base may have drawn random numbers
         return add_parallel_infini(base, self.config.adapter, base_name=str(self.source))
 
     def finish(self, results: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class AdapterRun(Run[AdapterTrainingConfig]):
         }
 
     def _measure_texts(self, adapted: TransformerLM) -> dict[str, Any]:
-        """By text, the adapted model with its memory carried, reset and foreign, and the base, on the same tokens."""
+        """By text: the adapted model with memory carried, reset and foreign, and the base, on the same tokens."""
         settings = self.config.eval
         long = dataclasses.replace(settings.long_documents, min_tokens=2, batch_size=settings.batch_size)
         base = load_configured_base(self.config, self.source).to(self.device).eval()
@@ -117,7 +117,7 @@ class AdapterRun(Run[AdapterTrainingConfig]):
         with self.console.status("") as status:
             for name, split in self.texts.items():
                 status.update(f"measuring {name}")
-                if settings.max_tokens is not None:  # the first documents with this many in all, but at least two
+                if settings.max_tokens is not None:  # the first documents within this limit, but at least two
                     number = int((split.offsets[1:] <= settings.max_tokens).sum())
                     long = dataclasses.replace(long, max_documents=max(number, 2))
                 subject = Subject(
@@ -136,7 +136,7 @@ class AdapterRun(Run[AdapterTrainingConfig]):
 
 
 def find_base(config: AdapterTrainingConfig) -> tuple[str | Path, str]:
-    """Where the base is (a hub name or a directory), and its tokenizer (a hub name or a file)."""
+    """The base (a hub name or a folder) and its tokenizer (a hub name or a file)."""
     folder, given = Path(config.base).expanduser(), config.data.tokenizer
     if not folder.is_dir():
         return config.base, config.base if given == "auto" else given
@@ -147,7 +147,7 @@ def find_base(config: AdapterTrainingConfig) -> tuple[str | Path, str]:
 
 
 def load_configured_base(config: AdapterTrainingConfig, source: str | Path) -> TransformerLM:
-    """The base with the segments of the training; offline the error says how to train one."""
+    """Load the base with the segment length of the training; if the hub is out of reach, say how to train one."""
     try:
         return load_base(source, revision=config.revision, segment_length=config.segment_length)
     except UserError as error:
@@ -166,7 +166,7 @@ def load_configured_base(config: AdapterTrainingConfig, source: str | Path) -> T
 
 
 def prepare_documents(config: AdapterTrainingConfig, tokenizer_name: str) -> PreparedData:
-    """The source's long documents, split and tokenised as the base's tokenizer does; errors as of `prepare_data`."""
+    """The source's long documents, split, and tokenised with the base's tokenizer; errors as in `prepare_data`."""
     data = prepare_data(dataclasses.replace(config.data, tokenizer=tokenizer_name))
     return choose_long_documents(
         data,
@@ -180,23 +180,23 @@ def prepare_documents(config: AdapterTrainingConfig, tokenizer_name: str) -> Pre
 def choose_long_documents(
     data: PreparedData, *, num_docs: int, min_tokens: int, max_tokens: int | None, seed: int
 ) -> PreparedData:
-    """A seeded choice of long training documents, and all long validation documents, cut to `max_tokens`.
+    """Draw long training documents, and keep all long validation documents; each is cut to `max_tokens`.
 
-    Where no validation document is long, all of them stay, with a note.
+    If no validation document is long, all are kept, with a note.
     """
     notes = list(data.info.get("notes", []))
     long, longest = data.train.find_long(min_tokens), int(data.train.lengths.max(initial=0))
     if not len(long):
         raise UserError(
             f"{data.info['source']}: no training document has {min_tokens:,} tokens (the longest has "
-            f"{longest:,}): give longer documents, a smaller --min-doc-tokens or a smaller --seq-length"
+            f"{longest:,}); use longer documents, a smaller --min-doc-tokens or a smaller --seq-length"
         )
     if len(long) < num_docs:
         notes.append(f"{num_docs:,} long documents were asked for; {len(long):,} have {min_tokens:,} tokens or more")
     chosen = np.sort(np.random.default_rng([seed, CHOICE_STREAM]).permutation(long)[:num_docs])
     held_out = data.validation.find_long(min_tokens)
     if not len(held_out):
-        notes.append(f"no held-out document has {min_tokens:,} tokens: all are measured on")
+        notes.append(f"no held-out document has {min_tokens:,} tokens, so all are measured")
         held_out = np.arange(data.validation.num_documents)
     train = cut_documents(data.train, chosen, max_tokens)
     validation = cut_documents(data.validation, held_out, max_tokens)
@@ -210,7 +210,8 @@ def choose_long_documents(
 
 
 def cut_documents(split: TokenSplit, chosen: NDArray[np.int64], max_tokens: int | None) -> TokenSplit:
-    """Some documents of a split, in the order given, cut to `max_tokens`; bytes and words still count whole texts."""
+    """The chosen documents of a split, in this order, cut to `max_tokens`; byte and word counts stay those of the
+    whole documents."""
     documents = [split.document(int(index))[:max_tokens] for index in chosen]
     return TokenSplit(
         tokens=np.concatenate(documents),

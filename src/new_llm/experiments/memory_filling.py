@@ -1,14 +1,14 @@
 """Fill a memory with texts of any length, in constant working memory.
 
-Where memories of different texts add (no delta rule, no decay) each file is read from an empty memory and the files'
-memories are summed. The result equals one call that reads the files as rows of one batch with a shared memory, and
-several machines can share the work. Otherwise the files are read one after another, in the order given, into one
-memory. Every document begins a new segment.
+If memories of different texts can be added (no delta rule, no decay), each file is read into an empty memory and the
+memories are summed. The result equals one call that reads the files as rows of a batch with a shared memory, and
+several machines can share the work. Otherwise the files are read one after another into one memory, in the order given.
+Every document begins a new segment.
 
 Files are read in blocks, cut where the tokenizer would cut anyway. A byte-level BPE (GPT-NeoX's, or one trained here)
-splits text before it merges, and never joins a visible character to white space after it. So a cut in front of white
-space that follows a visible character changes no token. A single space between two visible characters is preferred:
-tokenizers that put a prefix in front of a text agree there, too. Only a run without white space that is longer than
+splits text before it merges, and never joins a visible character to white space after it. So a cut before white space
+that follows a visible character changes no token. A single space between two visible characters is preferred: there the
+cut is also safe for tokenizers that put a prefix in front of a text. Only a run without white space that is longer than
 `max_run_characters` is cut elsewhere.
 """
 
@@ -30,13 +30,13 @@ from new_llm.data.local_files import choose_reader, read_file
 from new_llm.models import TransformerLM, merge_memory_states
 
 PLAIN_EXTENSIONS = (".txt", ".raw", ".tokens")
-"""These hold one text, read in blocks; the other formats hold documents, read one by one."""
+"""Files with a single text, read in blocks; other formats hold documents, read one by one."""
 
 OnBytes = Callable[[int], None]
 
 
 class FillResult(NamedTuple):
-    """What was read into a memory, in how many segments; the last one of each document may be short."""
+    """What was read into a memory. The last segment of each document may be short."""
 
     num_files: int
     num_tokens: int
@@ -45,7 +45,7 @@ class FillResult(NamedTuple):
 
 
 def check_output(out: Path, inputs: Iterable[Path] = ()) -> None:
-    """Reject, before the work, a path where a memory file can't be written."""
+    """Reject a path where a memory file can't be written, before the work begins."""
     if out.suffix != ".safetensors":
         raise UserError(f"--out: {out} must end in .safetensors")
     if out.is_dir():
@@ -60,7 +60,7 @@ def check_output(out: Path, inputs: Iterable[Path] = ()) -> None:
 
 
 def memory_adds(model: TransformerLM) -> bool:
-    """Whether memories of different texts add, in every layer."""
+    """Whether memories of different texts can be added, in every layer."""
     return all(layer.memory_facts.additive for layer in model.memory_layers.values())
 
 
@@ -72,10 +72,10 @@ def fill_memory(
     config: FillConfig | None = None,
     on_bytes: OnBytes = lambda _: None,
 ) -> FillResult:
-    """Replace the model's memory by one that texts have filled; no gradients are kept.
+    """Replace the model's memory by one filled with texts, shared by all rows; no gradients are kept.
 
-    After an error the model holds what it held before, else one memory shared by all rows. `on_bytes` is called with
-    the bytes read since the last call.
+    After an error the model holds the memory that it held before. `on_bytes` is called with the number of bytes read
+    since the last call.
     """
     if not model.memory_layers:
         raise UserError("this model has no memory layer to fill")
@@ -103,13 +103,13 @@ def fill_memory(
 
 
 def read_document(model: TransformerLM, tokenizer: Tokenizer, pieces: Iterable[str], config: FillConfig) -> int:
-    """Stream a document, in pieces of `cut_at_white_space`, into the memory that a model holds; returns its tokens."""
+    """Read a document, in pieces of `cut_at_white_space`, into a model's memory; returns its number of tokens."""
     stream = model.open_stream(1)
-    # A call reads whole segments, in parallel.
+    # Each call reads whole segments, which run in parallel.
     num_tokens = max(1, config.tokens_per_call // model.segment_length) * model.segment_length
     held = torch.empty(0, dtype=torch.int64)
     for piece in pieces:
-        # The fast form leaves out character offsets, which nothing here reads.
+        # The fast form leaves out character offsets, which are not needed.
         encoding = tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0]
         held = torch.cat([held, torch.tensor(encoding.ids, dtype=torch.int64)])
         while len(held) >= num_tokens:
@@ -122,9 +122,9 @@ def read_document(model: TransformerLM, tokenizer: Tokenizer, pieces: Iterable[s
 
 
 def take_memory_part(model: TransformerLM) -> TransformerLM:
-    """The part of a model that its memory depends on, sharing its weights: no layers above the last memory.
+    """The part of a model that its memory depends on, without the layers above the last memory; weights are shared.
 
-    A subclass may use its layers in another way, and is taken whole.
+    A subclass is kept whole, because it may use its layers in another way.
     """
     part = copy.copy(model)
     part._modules = dict(model._modules)  # its own list of the same modules
@@ -139,23 +139,23 @@ def take_memory_part(model: TransformerLM) -> TransformerLM:
 
 
 def check_text_files(paths: Iterable[Path]) -> None:
-    """Reject, before any is read, files that can't hold text."""
+    """Reject files that can't hold text, before any is read."""
     for path in paths:
         check_regular_file(path)
         choose_reader(path)
         if path.stat().st_size == 0:
-            raise UserError(f"{path}: empty: there is no text in it")
+            raise UserError(f"{path}: the file is empty")
 
 
 def is_plain(path: Path) -> bool:
-    """Whether a file is one text, of which progress is known in bytes of the file."""
+    """Whether a file is a single text, so that progress can be measured in bytes of the file."""
     return path.name.lower().endswith(PLAIN_EXTENSIONS)
 
 
 def read_documents(path: Path, config: FillConfig, on_bytes: OnBytes) -> Iterator[Iterator[str]]:
-    """Each document of a file as pieces that may be tokenised one by one; consume one before the next.
+    """Yield each document of a file as pieces that can be tokenised separately; consume one before the next.
 
-    `on_bytes` is called with the bytes read since the last call; of a plain text they are the file's.
+    `on_bytes` is called with the bytes of text read since the last call; for a plain file, the bytes of the file.
     """
     limit = config.max_run_characters
     if is_plain(path):
@@ -172,9 +172,9 @@ def read_documents(path: Path, config: FillConfig, on_bytes: OnBytes) -> Iterato
 
 
 def cut_at_white_space(blocks: Iterable[str], max_run_characters: int) -> Iterator[str]:
-    """A text in other pieces; all but the first begin with white space after a visible character.
+    """Recut a text so that all pieces but the first begin with white space after a visible character.
 
-    A run of more than `max_run_characters` without such a place is cut at its end.
+    If there is no such place in more than `max_run_characters`, the cut is at the end of what has been read.
     """
     held = ""
     for block in blocks:
@@ -188,7 +188,7 @@ def cut_at_white_space(blocks: Iterable[str], max_run_characters: int) -> Iterat
 
 
 def find_cut(text: str) -> int:
-    """The last place where a text may be cut without changing tokens; 0: there is none."""
+    """The last position where a text can be cut without changing tokens; 0: none."""
     for mark, is_single in ((" ", True), ("\n", False), (" ", False), ("\t", False)):
         at = len(text)
         while (at := text.rfind(mark, 1, at)) > 0:
@@ -199,18 +199,18 @@ def find_cut(text: str) -> int:
 
 
 def _read_plain(path: Path, block_size: int, on_bytes: OnBytes) -> Iterator[str]:
-    """UTF-8 text in blocks, without a byte order mark, with \\n for every line end."""
+    """Read UTF-8 text in blocks, without a byte order mark, and with every line end as \\n."""
     is_visible, num_read = False, 0
     with path.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as file:
         try:
             while text := file.read(block_size):
                 if "\0" in text:
-                    raise UserError(f"{path}: binary (it holds a NUL); UTF-8 text is expected")
+                    raise UserError(f"{path}: a binary file (it contains a NUL); expected UTF-8 text")
                 is_visible = is_visible or not text.isspace()
                 yield text
                 on_bytes(raw.tell() - num_read)
                 num_read = raw.tell()
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 text: it holds 0x{error.object[error.start]:02x}") from None
+            raise UserError(f"{path}: not UTF-8 text: it contains 0x{error.object[error.start]:02x}") from None
     if not is_visible:
         raise UserError(f"{path}: holds no text, only white space")

@@ -1,4 +1,4 @@
-"""The run folder: what a run writes and where, how one process holds it, and how others find what is in it.
+"""The run folder: what a run writes where, how a process locks it, and how to list runs and load their models.
 
 ```
 runs/<name>/
@@ -72,28 +72,28 @@ MAY_CHANGE = (
     "train.keep_checkpoints",
     "train.keep_last_checkpoint",
 )
-"""Settings of where and how a run is computed, not of what: a run may continue with others."""
+"""Settings that do not affect a run's results; a resumed run may change them."""
 LENGTHS = ("train.num_epochs", "train.cpu_seconds", "train.patience")
-"""Settings of how long a run trains: it may continue with others, which are recorded."""
+"""Settings of how long a run trains; a resumed run may change them, and this is recorded."""
 TOKENIZER_LEVELS = 3
-"""A model's tokenizer is in its folder or at most two above: runs/<name>/<model>/best."""
+"""A model's tokenizer is in its folder or in one of the two above: runs/<name>/<model>/best."""
 CONFIG_KINDS: tuple[type[TrainingSettings], ...] = (ExperimentConfig, AdapterTrainingConfig)
-"""The kinds of runs, by their configuration."""
+"""The configurations that a run can have."""
 
 # Holding a run
 
 
 @contextmanager
 def hold_run(config: Settings, *, resume: bool, processes: Processes = ALONE) -> Iterator[tuple[Settings, Path]]:
-    """Inside the block: a new or resumed run that no other process can use, with its configuration's name filled in.
+    """Lock a new or resumed run's folder while the block runs; yields the configuration, now named, and the folder.
 
-    The lock is a file inside the folder, wherever links to it point. The main process holds it for all. Unless the
-    block creates a run (`create_run`), the folder is removed at its end.
+    The lock is a file in the folder itself, whatever links lead there; the main process holds it for all. A new folder
+    is removed after the block unless the block created the run (`create_run`).
 
     Raises:
-        UserError: another process is using it; the folder exists already, or there is nothing to resume, or it began
-            with other settings.
-        OtherProcessError: on the others, likewise.
+        UserError: another process is using the run, a new run's folder already exists, there is nothing to resume, or
+            the run began with other settings.
+        OtherProcessError: the same, in processes other than the main one.
     """
     with ExitStack() as held:
         yield processes.run_on_main(lambda: held.enter_context(_hold_alone(config, resume)))
@@ -114,7 +114,7 @@ def _hold_alone(config: Settings, resume: bool) -> Iterator[tuple[Settings, Path
             try:
                 yield _find_run(config, folder, resume=resume), folder
             finally:
-                if folder in made and not (folder / config.file_name).exists():  # bad input leaves nothing behind
+                if folder in made and not (folder / config.file_name).exists():  # leave nothing behind after bad input
                     lock.unlink(missing_ok=True)
     finally:
         for place in made:
@@ -123,11 +123,11 @@ def _hold_alone(config: Settings, resume: bool) -> Iterator[tuple[Settings, Path
 
 
 def _find_run(config: Settings, folder: Path, *, resume: bool) -> Settings:
-    """The configuration of a run that can begin or continue in a folder. Leftovers of a killed process are removed."""
+    """The configuration with which a run can begin or continue here. Removes leftovers of a killed process."""
     if not resume:
         if any(entry.name != LOCK_FILE for entry in folder.iterdir()):
             raise UserError(
-                f"{folder}: a run of this name exists; choose another --name, or continue it by "
+                f"{folder}: a run of this name exists; choose another --name, or continue it with "
                 f"--name {config.name} --resume"
             )
         return config
@@ -135,7 +135,7 @@ def _find_run(config: Settings, folder: Path, *, resume: bool) -> Settings:
     changed = list_differences(begun, config, but=(*MAY_CHANGE, *LENGTHS))
     if changed:
         raise UserError(
-            f"{folder}: a run continues with the settings it began with; different now: {'; '.join(changed)}"
+            f"{folder}: a run can only continue with the settings it began with; changed: {'; '.join(changed)}"
         )
     one, two = flatten_settings(begun.to_dict()), flatten_settings(config.to_dict())
     if shorter := [key for key in LENGTHS[:2] if two[key] < one[key]]:
@@ -146,19 +146,19 @@ def _find_run(config: Settings, folder: Path, *, resume: bool) -> Settings:
 
 
 def create_run(config: RunSettings, folder: Path) -> None:
-    """Turn a held folder into a run by writing its configuration."""
+    """Turn a locked folder into a run by writing its configuration."""
     write_text_atomically(folder / config.file_name, config.to_yaml())
 
 
 def read_begun(folder: Path, kind: type[Settings]) -> Settings:
-    """The configuration that a run of this kind began with; no module that it names is imported."""
+    """The configuration that a run began with; users' modules named in it are not imported."""
     if not (folder / kind.file_name).exists():
         raise UserError(f"{folder}: no run here ({kind.file_name} is missing)")
     return read_settings(folder / kind.file_name, kind, is_record=True)
 
 
 def list_differences(first: RunSettings, second: RunSettings, but: Collection[str] = ("runs_dir",)) -> list[str]:
-    """The fields, `but` some, in which two configurations differ: "train.learning_rate 0.0001 → 0.001"."""
+    """The fields, except `but`, in which two configurations differ: "train.learning_rate 0.0001 → 0.001"."""
     one, two = flatten_settings(first.to_dict()), flatten_settings(second.to_dict())
     return [f"{key} {one[key]} → {two[key]}" for key in one if one[key] != two[key] and key not in but]
 
@@ -167,7 +167,7 @@ def list_differences(first: RunSettings, second: RunSettings, but: Collection[st
 
 
 def describe_making(device: torch.device, precision: str) -> dict[str, Any]:
-    """When, how, by which code, on which machine and with which versions a result is made."""
+    """Record how a result is made: time, command, code revision, machine and versions."""
     processor = platform.processor() or platform.machine()
     with suppress(OSError):
         found = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
@@ -192,7 +192,7 @@ def describe_making(device: torch.device, precision: str) -> dict[str, Any]:
 
 
 def describe_code() -> dict[str, Any]:
-    """The program's version and, where it runs from a git checkout, its revision."""
+    """The program's version and, in a git checkout, its revision."""
     checkout = Path(__file__).resolve().parents[3]
     code: dict[str, Any] = {"version": __version__, "git_revision": None, "git_dirty": None}
     if (checkout / ".git").exists() and shutil.which("git"):
@@ -207,26 +207,26 @@ def describe_code() -> dict[str, Any]:
 
 
 def describe_command() -> str:
-    """The command line, without the paths of the interpreter and the program."""
+    """The command line, without the paths of interpreter and program."""
     program = Path(sys.argv[0])
     start = ["python3", f"scripts/{program.name}"] if program.parent.name == "scripts" else ["new-llm"]
     return shlex.join([*start, *sys.argv[1:]])
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write strict JSON atomically; NaN and infinity, which JSON lacks, become null."""
+    """Write strict JSON atomically; NaN and infinity become null."""
     write_text_atomically(path, json.dumps(_strict(values), indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read a file that `write_json` wrote; None where there is none."""
+    """Read a file that `write_json` wrote; None if it does not exist."""
     return read_json_file(path) if path.exists() else None
 
 
 def list_refused(results: dict[str, Any]) -> list[tuple[str, str]]:
-    """The measures that a run asked for by name and that could not be made, with the reasons, model by model.
+    """The measures that a run requested and that failed, with the reasons, model by model.
 
-    Measures that were not asked for may find nothing to measure in a text; they are left out.
+    Empty for the default measures: some of these may not apply to the text.
     """
     if list(results["config"]["eval"]["measures"]) == list(EvalConfig().measures):
         return []
@@ -244,7 +244,7 @@ def _strict(value: Any) -> Any:
 
 
 def describe_resumption(folder: Path, command: str) -> str:
-    """The command line that continues a run."""
+    """The command line that resumes a run."""
     place = "" if folder.parent == Path("runs") else f" --runs-dir {folder.parent}"
     return f"new-llm {command}{place} --name {folder.name} --resume"
 
@@ -258,13 +258,13 @@ def find_model_folder(run: Path, model: str | None = None, *, needs_memory: bool
     Args:
         run: a run folder with `<model>/best` folders, one such `<model>` folder, or a model's own folder.
         model: which model of a run folder; the module of my_module:MyLayer is imported. None: the only one.
-        needs_memory: leave out models without memory layers.
+        needs_memory: ignore models without memory layers.
     """
     if not run.is_dir():
-        raise UserError(f"{run}: no such folder; a run folder or a folder with {STRUCTURE_FILE} is expected")
+        raise UserError(f"{run}: no such folder; expected a run folder, or a folder with {STRUCTURE_FILE}")
     own = next((folder for folder in (run, run / BEST_FOLDER) if (folder / STRUCTURE_FILE).is_file()), None)
     if own is not None and model is not None and not is_user_name(model):
-        raise UserError(f"{run}: holds a single model; leave out the model's name ({model!r})")
+        raise UserError(f"{run}: contains a single model; leave out the model's name ({model!r})")
     inside = sorted(run.glob(f"*/{BEST_FOLDER}/{STRUCTURE_FILE}"))
     folders = {path.parent.parent.name: path.parent for path in inside} if own is None else {run.name: own}
     if not folders:
@@ -282,12 +282,12 @@ def find_model_folder(run: Path, model: str | None = None, *, needs_memory: bool
     if not found:
         raise UserError(f"{run}: no memory layer in {', '.join(folders)}")
     if len(found) > 1:
-        raise UserError(f"{run}: several models; choose one by --model: {', '.join(found)}")
+        raise UserError(f"{run}: several models; choose one with --model: {', '.join(found)}")
     return next(iter(found.values()))
 
 
 def split_spec(spec: str) -> tuple[str, str | None]:
-    """RUN:MODEL as its two parts; RUN alone has no model."""
+    """Split RUN:MODEL; the model of RUN alone is None."""
     run, _, model = spec.rpartition(":")
     place, _, module = run.rpartition(":")
     if place and is_user_name(f"{module}:{model}") and not Path(run).exists():  # RUN:my_module:MyLayer
@@ -296,7 +296,7 @@ def split_spec(spec: str) -> tuple[str, str | None]:
 
 
 def may_have_memory(folder: Path) -> bool:
-    """Whether a saved model may have a memory layer, by its structure alone; loading it refuses unknown kinds."""
+    """Whether a saved model may have a memory layer, judging by its structure file; unknown layer kinds count."""
     try:
         kinds = [LAYER_KINDS.get(layer["kind"]) for layer in read_structure(folder)["layers"]]
     except (LookupError, TypeError):
@@ -307,7 +307,7 @@ def may_have_memory(folder: Path) -> bool:
 def load_run_model(
     run: Path, model: str | None = None, *, needs_memory: bool = False
 ) -> tuple[TransformerLM, Tokenizer]:
-    """A run's model with its best weights, and its tokenizer; arguments as in `find_model_folder`."""
+    """Load a run's model with its best weights, and its tokenizer; arguments as in `find_model_folder`."""
     folder = find_model_folder(run, model, needs_memory=needs_memory)
     tokenizer_path = find_tokenizer_file(folder)
     tokenizer = read_tokenizer_file(tokenizer_path)
@@ -317,7 +317,7 @@ def load_run_model(
 
 
 def find_tokenizer_file(folder: Path) -> Path:
-    """The tokenizer of the model in a folder: in it, or in one of the two folders above."""
+    """The tokenizer file of a model: in its folder, or in one of the two folders above."""
     for place in [folder, *folder.resolve().parents][:TOKENIZER_LEVELS]:
         if (place / TOKENIZER_FILE).is_file():
             return place / TOKENIZER_FILE
@@ -331,8 +331,8 @@ def find_tokenizer_file(folder: Path) -> Path:
 class ModelStatus:
     """One model of a run: waiting, training or done.
 
-    `perplexity` is sliding-window where the model is done, else the best validation's; `gates` the smallest and
-    largest.
+    `perplexity` is that of sliding windows if the model is done, else the best validation perplexity so far. `gates`
+    are the smallest and the largest.
     """
 
     name: str
@@ -343,14 +343,14 @@ class ModelStatus:
     tokens: int
     gates: tuple[float, float] | None
     checkpoints: tuple[str, ...] = ()
-    """Names of what training can continue from, the newest first."""
+    """Names of the checkpoints to continue from, newest first."""
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run: complete, unreadable (by its `fault`), or unfinished.
+    """One run: complete, unreadable (see `fault`), or unfinished.
 
-    Unfinished is running, interrupted or failed: a folder does not show which. `evaluations` are names of files.
+    Unfinished means running, interrupted or failed; the folder does not tell which. `evaluations` are file names.
     """
 
     folder: Path
@@ -363,9 +363,9 @@ class RunStatus:
 
 
 def list_runs(runs_dir: Path) -> list[RunStatus]:
-    """The runs below a folder, those of studies included, the latest last; unreadable ones with their fault."""
+    """The runs below a folder, including those of studies, newest last; unreadable ones with their fault."""
     if not runs_dir.is_dir():
-        raise UserError(f"{runs_dir}: no such folder; runs are made by `new-llm experiment`")
+        raise UserError(f"{runs_dir}: no such folder; `new-llm experiment` creates runs")
     patterns = [f"{place}/{kind.file_name}" for kind in CONFIG_KINDS for place in ("*", "*/*")]
     folders = [path.parent for pattern in patterns for path in runs_dir.glob(pattern)]
     found = [describe_run(folder) for folder in folders]
@@ -374,7 +374,7 @@ def list_runs(runs_dir: Path) -> list[RunStatus]:
 
 
 def describe_run(folder: Path) -> RunStatus:
-    """How far a run got; for an unreadable run, its `fault`."""
+    """The progress of a run; for an unreadable run, its `fault`."""
     evaluations = tuple(sorted(path.name for path in (folder / EVALUATIONS_FOLDER).glob("*.json")))
     try:
         kind = next(kind for kind in CONFIG_KINDS if (folder / kind.file_name).exists())

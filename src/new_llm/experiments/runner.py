@@ -1,7 +1,7 @@
-"""A run: models trained on identical data in identical order, best weights measured, results in the run folder.
+"""A run trains models on identical data in identical order, measures their best weights, and writes the run folder.
 
-`Run` is what all kinds of runs share. `ExperimentRun` trains the model types of an experiment; the training of an
-adapter (`experiments/adapter.py`) is another kind.
+`Run` is the base class. `ExperimentRun` trains the model types of an experiment; `AdapterRun`
+(`experiments/adapter.py`) trains an adapter.
 """
 
 import dataclasses
@@ -91,22 +91,22 @@ def run_experiment(
     write_report: ReportWriter | None = None,
     loss_fn: LossFunction | None = None,
 ) -> dict[str, Any]:
-    """Train and compare some models. Under a launcher every process makes the same call.
+    """Train and compare models. With several processes, each makes the same call.
 
     Args:
-        resume: continue the run of this name.
-        console: where to show progress; None: the standard error.
-        write_report: writes the page after every model, `new_llm.report.write_report`; None: no page.
-        loss_fn: a batch's training loss, summed over its predicted tokens; None: the model's own.
+        resume: continue the run named in the configuration.
+        console: where to show progress; None: stderr.
+        write_report: writes the report after every model, e.g. `new_llm.report.write_report`; None: no report.
+        loss_fn: the training loss of a batch, summed over its predicted tokens; None: the model's own loss.
 
     Returns:
-        What `results.json` holds; `results["folder"]` is the run folder.
+        The content of `results.json`, and the run folder as `results["folder"]`.
 
     Raises:
         UserError: bad input, in one line.
         OtherProcessError: another process of the same training has failed.
         TrainingError: a loss was not finite.
-        TrainingInterrupted: a signal asked to stop; the run can be resumed.
+        TrainingInterrupted: stopped by a signal; the run can be resumed.
     """
     config = exp_config or ExperimentConfig()
     if model_types is not None:
@@ -115,7 +115,7 @@ def run_experiment(
 
 
 class Run(ABC, Generic[Config]):
-    """One run. Subclasses define how its models are made and on which data they are trained."""
+    """One run. Subclasses define how its models are built and on which data they are trained."""
 
     untrained: Sequence[str] = ()
     """Models that are only measured."""
@@ -138,38 +138,38 @@ class Run(ABC, Generic[Config]):
         self.training_data: DataConfig = config.data
         """How the training documents are cut into samples."""
         self.origins: dict[str, dict[str, Tensor]] = {}
-        """Weights that were loaded for models whose training has not begun."""
+        """Initial weights by model, loaded but not yet used."""
 
     # What subclasses define
 
     @abstractmethod
     def check(self) -> None:
-        """Reject bad settings by a `UserError` before anything is read or written."""
+        """Reject bad settings with a `UserError`, before anything is read or written."""
 
     @abstractmethod
     def prepare(self) -> PreparedData:
-        """The data of all models; `info["notes"]` are printed. Called by the main process first, then by the others."""
+        """The data for all models; its `info["notes"]` are printed. The main process calls this before the others."""
 
     @abstractmethod
     def build(self, name: str) -> TransformerLM:
         """A model with fresh weights; torch's generators have just been seeded."""
 
     def list_options(self, name: str) -> dict[str, Any]:
-        """The options that a model was made with, for its result."""
+        """The options that a model was built with, for its result."""
         return {}
 
     def find_origin(self, name: str) -> dict[str, Tensor] | None:
-        """The weights that a model's training begins from; None: those of `build`."""
+        """The weights from which a model's training starts; None: those of `build`."""
         return None
 
     def finish(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Complete the results once all models are done; only the main process calls this."""
+        """Complete the results after all models are done; called by the main process only."""
         return results
 
     # What all runs do
 
     def execute(self) -> dict[str, Any]:
-        """Train and measure all models that are not done; see `run_experiment`."""
+        """Train and measure all models that are not done yet; see `run_experiment`."""
         train = self.config.train
         with self.processes.guard(), compute_deterministically(train.deterministic):
             self.device = self.processes.place(choose_device(self.config.device))
@@ -177,7 +177,7 @@ class Run(ABC, Generic[Config]):
             self.autocast = make_autocast(self.precision, self.device)
             check_trackers(train.trackers)
             self.processes.slice_rows(train.batch_size)
-            # Unknown measures are rejected before anything is trained.
+            # Reject unknown measures before training.
             find_measures([*self.config.eval.measures, *self.config.eval.checkpoint_measures])
             self.check()
             with hold_run(self.config, resume=self.resume, processes=self.processes) as (self.config, self.folder):
@@ -193,7 +193,7 @@ class Run(ABC, Generic[Config]):
         self.data = self._share_data()
         if longer:
             on_main(lambda: self._lengthen(*longer))
-        elif not self.resume:  # only now, so that bad data leaves no folder behind
+        elif not self.resume:  # not earlier, so that bad data leaves no folder behind
             on_main(lambda: create_run(self.config, self.folder))
         self.console.print(f"run folder {self.folder}", highlight=False, markup=False)
         for note in self.data.info.get("notes", []):
@@ -212,8 +212,8 @@ class Run(ABC, Generic[Config]):
             raise UserError(f"{self.folder}: deleted or renamed while the run used it; its results are lost") from None
 
     def _find_longer(self) -> tuple[list[str], list[Path]] | None:
-        """Where a resumed run trains longer than it has begun to: what changed, and the folders of the models that
-        continue. None: it does not.
+        """If a resumed run is to train longer than it began with: what changed, and the folders of the models that
+        continue; else None.
         """
         if not self.resume:
             return None
@@ -222,24 +222,24 @@ class Run(ABC, Generic[Config]):
         if not changes:
             return None
         folders = [self.model_folder(name) for name in self.config.models if name not in self.untrained]
-        if begun.train.patience == self.config.train.patience:  # a model that patience has stopped stays as it is
+        if begun.train.patience == self.config.train.patience:  # models that stopped early stay as they are
             results = {folder: read_json(folder / MODEL_RESULT_FILE) or {} for folder in folders}
             folders = [folder for folder in folders if not results[folder].get("training", {}).get("stopped_early")]
         for folder in folders:
             if (folder / MODEL_RESULT_FILE).exists() and not list_checkpoints(folder):
-                raise UserError(f"{folder}: no checkpoint is left to continue from (train.keep_last_checkpoint)")
+                raise UserError(f"{folder}: no checkpoint to continue from (train.keep_last_checkpoint was off)")
         return changes, folders
 
     def _lengthen(self, changes: Sequence[str], folders: Sequence[Path]) -> None:
-        """Forget the results of models that are to be trained longer, and write the settings down.
+        """Discard the results of models that are to be trained longer, and record the new settings.
 
-        They are written last: a run that is killed here still trains or measures whatever is missing.
+        These are written last: if the run is killed here, it still trains or measures whatever is missing.
         """
-        self.console.print(f"trained longer: {'; '.join(changes)}", highlight=False, markup=False)
+        self.console.print(f"training longer: {'; '.join(changes)}", highlight=False, markup=False)
         facts = read_json(self.folder / ENVIRONMENT_FILE) or {}
         entry = {"date": now(), "changes": list(changes), "command": describe_command(), "code": describe_code()}
         write_json(self.folder / ENVIRONMENT_FILE, facts | {"lengthened": [*facts.get("lengthened", []), entry]})
-        later = self.folder / EVALUATIONS_FOLDER  # of the weights that were the best until now
+        later = self.folder / EVALUATIONS_FOLDER  # measurements of the best weights so far
         if folders and later.exists():
             later.rename(later.with_name(f"{later.name}-{len(facts.get('lengthened', []))}"))
         for path in (self.folder / RESULTS_FILE, *(folder / MODEL_RESULT_FILE for folder in folders)):
@@ -247,29 +247,32 @@ class Run(ABC, Generic[Config]):
         create_run(self.config, self.folder)
 
     def _share_data(self) -> PreparedData:
-        """The data: one process tokenises them, and the others read its cache, or on other machines the same texts.
+        """The data, tokenised by one process; the others read its cache or, on other machines, the same texts.
 
-        A resumed run continues on the data that it began with.
+        Rejects data that differ from the main process's, or from those that a resumed run began with.
         """
         data, source = self.processes.run_main_first(self.prepare), self.config.data.source
         with self.processes.agree():
             if self.processes.share(data.info["split_fingerprint"]) != data.info["split_fingerprint"]:
                 raise UserError(
-                    f"{source}: process {self.processes.rank} reads other data than process 0: their "
-                    "machines need the same source and tokenizer, or one token cache (data.cache_dir)"
+                    f"{source}: process {self.processes.rank} reads other data than process 0: their machines need "
+                    "the same source and tokenizer, or a shared token cache (data.cache_dir)"
                 )
         with self.processes.agree():
-            # There is no file where the process was killed before it could write it.
+            # The file is missing if the process was killed before it could write it.
             begun = read_json(self.folder / DATA_FILE) if self.resume and self.processes.is_main else None
             if begun and (changed := find_changes(begun, data.info)):
                 raise UserError(
-                    f"{self.folder}: a run continues on the data it began with; of {source} {' and '.join(changed)} "
-                    "changed since: put back what was there, or choose another --name"
+                    f"{self.folder}: a run can only continue on the data it began with, and in {source} "
+                    f"{' and '.join(changed)} changed: restore the data, or choose another --name"
                 )
         return data
 
     def _describe(self) -> dict[str, Any]:
-        """Write the facts of the run and begin its results with them. A resumed run keeps its first facts."""
+        """Write the run's environment, data and tokenizer, and begin its results with them.
+
+        A resumed run keeps its first environment.
+        """
         facts = read_json(self.folder / ENVIRONMENT_FILE)
         if facts is None:
             origins = {name: self.find_origin(name) for name in self.config.models}
@@ -303,12 +306,12 @@ class Run(ABC, Generic[Config]):
         return self.folder / name_model_folder(name)
 
     def create(self, name: str) -> TransformerLM:
-        """A model with fresh weights; weights that models have in common start equal."""
+        """A model with fresh weights; models start with equal values in the weights that they share."""
         seed_generators(self.config.seed)
         return self.build(name)
 
     def _run_model(self, name: str) -> dict[str, Any]:
-        """Train and measure a model, unless it is done; its result, which marks it as done."""
+        """Train and measure a model, unless it is done; returns its result, whose file marks it as done."""
         folder, on_main = self.model_folder(name), self.processes.run_on_main
         result = on_main(lambda: read_json(folder / MODEL_RESULT_FILE))
         if result is not None:
@@ -328,13 +331,13 @@ class Run(ABC, Generic[Config]):
             found = {"evaluation": measured, "not_measured": refused}
             result = on_main(lambda: self._write_result(name, model, training, found))
         keep = int(self.config.train.keep_last_checkpoint)
-        on_main(lambda: remove_checkpoints(folder, keep))  # a process that was killed here may have left them
+        on_main(lambda: remove_checkpoints(folder, keep))  # also for a model that is done: the run may have died here
         return result
 
     def _train(self, name: str, folder: Path) -> TrainingResult:
         config, data, processes = self.config, self.data, self.processes
         progress = TrainingProgress(name, self.console, device=self.device)
-        # weights that are sharded come from the main process
+        # Sharded weights come from the main process.
         has_weights = processes.is_main or config.train.sharding != "fsdp"
         with nullcontext() if has_weights else torch.device("meta"):
             model = self.create(name)
@@ -364,7 +367,7 @@ class Run(ABC, Generic[Config]):
             progress.stop()
 
     def measure_validation_loss(self, model: LanguageModel) -> float:
-        """Nats per validation token under the conditions of training: streams with memory, or single samples."""
+        """Loss in nats per validation token, read as in training: streams with memory, or single samples."""
         settings, split = self.config.eval, self.data.validation
         reading = {"batch_size": settings.batch_size, "max_tokens": settings.max_tokens}
         shared = {"autocast": self.autocast, "processes": self.processes}
@@ -427,11 +430,11 @@ class ExperimentRun(Run[ExperimentConfig]):
     """A run of the model types that an experiment names."""
 
     def check(self) -> None:
-        """Reject options that no model takes and shapes that can't be built."""
+        """Reject options that no model has, and models that can't be built."""
         self.config.model.check_taken(self.config.models)
         for name in self.config.models:
             try:
-                with torch.device("meta"):  # nothing is allocated or drawn
+                with torch.device("meta"):  # allocates nothing, draws no random numbers
                     model = build_model(self.config, name, self.config.model.vocab_size or 1)
                 check_fits(model.layer_list, model.vocab_size)
             except ValueError as error:
@@ -440,15 +443,15 @@ class ExperimentRun(Run[ExperimentConfig]):
     def prepare(self) -> PreparedData:
         """The experiment's source, split and tokenised.
 
-        A resumed run uses its own copy of a tokenizer that was given: the original may be out of reach by now. A
-        tokenizer that was trained here is trained again, so that changed text is noticed.
+        A resumed run uses its own copy of a given tokenizer, because the original may be out of reach by now. A
+        tokenizer that the run trained is trained again, so that changed text is noticed.
         """
         begun = (read_json(self.folder / DATA_FILE) if self.resume else None) or {}
         own = self.folder / TOKENIZER_FILE
         if begun.get("tokenizer", {}).get("is_trained", True) or not own.is_file():
             self.data = prepare_data(self.config.data)
             for name in self.config.models if not self.resume else ():
-                self.find_origin(name)  # rejects one that does not fit
+                self.find_origin(name)  # rejects weights that do not fit
             return self.data
         data = prepare_data(dataclasses.replace(self.config.data, tokenizer=str(own)))
         data.info["tokenizer"]["name"] = begun["tokenizer"]["name"]
@@ -463,8 +466,8 @@ class ExperimentRun(Run[ExperimentConfig]):
         other, tokenizer = load_run_model(Path(run), model_name or (name if own.is_dir() else None))
         if fingerprint_tokenizer(tokenizer) != fingerprint_tokenizer(self.data.tokenizer):
             raise UserError(
-                f"init_from: {self.config.init_from}: has another tokenizer than this run; take it by --data.tokenizer "
-                "and its tokenizer.json"
+                f"init_from: {self.config.init_from}: its tokenizer differs from this run's; pass its tokenizer.json "
+                "as --data.tokenizer"
             )
         with torch.device("meta"):
             built = build_model(self.config, name, self.data.vocab_size)
@@ -474,16 +477,16 @@ class ExperimentRun(Run[ExperimentConfig]):
         return weights
 
     def build(self, name: str) -> TransformerLM:
-        """A model of the type, of the experiment's shape."""
+        """A model of this type in the experiment's shape."""
         return build_model(self.config, name, self.data.vocab_size)
 
     def list_options(self, name: str) -> dict[str, Any]:
-        """Those of the model type."""
+        """The options of the model type."""
         return self.config.model.options_of(name)
 
 
 def build_model(config: ExperimentConfig, name: str, vocab_size: int) -> TransformerLM:
-    """One of an experiment's models, with fresh weights from torch's global generator."""
+    """Build one of an experiment's models with fresh weights, drawn from torch's global generator."""
     options = config.model.options_of(name)
     shape = config.model.shape(vocab_size)
     if config.matches_parameters:
