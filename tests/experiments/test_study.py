@@ -123,7 +123,7 @@ def test_only_some_variants_and_a_study_that_is_moved(addresses, tmp_path, train
     assert summary["variants"] == {}
     other = {"variants": {"reference": {"model": {"gate_init": 1.0}}}, "baselines": [], "window_baselines": []}
     changed = write_study(tmp_path / "other.yaml", addresses, **other)
-    with pytest.raises(UserError, match="variant reference was begun with other settings"):
+    with pytest.raises(UserError, match="variant reference began with other settings"):
         study_module.run_study(read_settings(changed, StudyConfig))
     study.folder.parent.rename(tmp_path / "elsewhere")
     study_module.run_study(dataclasses.replace(study, runs_dir=tmp_path / "elsewhere"))
@@ -327,7 +327,7 @@ def test_each_cell_has_a_process_and_a_log(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("work", "error", "message"),
     [
-        (partial(fail_one, UserError("the text is gone")), UserError, "no-delta-s0: the text is gone; more is in "),
+        (partial(fail_one, UserError("the text is gone")), UserError, "no-delta-s0: the text is gone; see "),
         (stop_one, TrainingInterrupted, "no-delta-s0: interrupted"),
     ],
 )

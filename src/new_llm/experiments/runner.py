@@ -263,8 +263,8 @@ class Run(ABC, Generic[Config]):
             begun = read_json(self.folder / DATA_FILE) if self.resume and self.processes.is_main else None
             if begun and (changed := find_changes(begun, data.info)):
                 raise UserError(
-                    f"{self.folder}: a run can only continue on the data it began with, and in {source} "
-                    f"{' and '.join(changed)} changed: restore the data, or choose another --name"
+                    f"{self.folder}: a run can only continue on the data it began with; changed in {source}: "
+                    f"{' and '.join(changed)}; restore them, or choose another --name"
                 )
         return data
 

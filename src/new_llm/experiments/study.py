@@ -1,4 +1,4 @@
-"""Runs a study: trains its variants, measures each, and writes the comparison. Resumable run by run."""
+"""Run a study: train its variants, measure each, and write the comparison. Finished runs are not repeated."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ MEASURED_FOLDER = "measured"
 
 
 StudyWriter = Callable[..., None]
-"""Writes the page of a study's summary and its runs into a folder: `new_llm.report.study_page.write_study_page`."""
+"""Writes a study's page into a folder, from its summary and runs: `new_llm.report.study_page.write_study_page`."""
 
 
 def run_study(
@@ -52,36 +52,36 @@ def run_study(
     write_report: ReportWriter | None = None,
     write_page: StudyWriter | None = None,
 ) -> dict[str, Any]:
-    """Run what is missing of a study, and write its summary whenever a run has ended.
+    """Run what is missing of a study, and update its summary whenever a run ends.
 
     Args:
-        study: the study; its `cluster` says where its runs are jobs.
-        only: variants to run now, and the baselines they need; none: all.
-        jobs: runs at once, each in a process of its own with its share of the cores; None: one, in this process, or
-            all of them on a cluster.
-        console: where to show progress; None: the standard error.
-        write_report: writes each run's page; None: none is written.
-        write_page: writes the study's page into its folder.
+        study: the study; with a `cluster`, its runs are jobs there.
+        only: run only these variants and the baselines they need; empty: all.
+        jobs: number of parallel runs, each in its own process with an equal share of the cores; None: one at a time in
+            this process, or on a cluster all at once.
+        console: where to show progress; None: stderr.
+        write_report: writes each run's report; None: no reports.
+        write_page: writes the study's page into its folder; None: no page.
 
     Returns:
-        The summary, as `study.json` holds it.
+        The summary, the content of `study.json`.
 
     Raises:
-        UserError: bad input, the folder holds something else, or runs failed.
-        TrainingInterrupted: a signal asked to stop; run the study again to continue.
+        UserError: bad input, the folder contains something else, or runs failed.
+        TrainingInterrupted: stopped by a signal; run the study again to continue.
     """
     console = console or open_console(stderr=True)
     cells = plan_cells(study, only)
     work = partial(run_cell, study, write_report=write_report)
     _claim_folder(study)
     pool = open_pool(work, study.folder, jobs, study.cluster)
-    for variant in study.variants:  # what has been trained before can be read without its measures
+    for variant in study.variants:  # runs that are done can be read without their own measures
         for line in load_own_measures(study.configure(variant, study.seeds[0]).eval.measures):
             console.print(line, markup=False, highlight=False)
     trained = {cell for cell in cells if read_results(study, cell)}
     waiting = [cell for cell in cells if cell not in trained or find_missing(study, cell)]
     started = dict[Cell, bool]()
-    """Whether a cell that was started could be measured as well."""
+    """The cells that were started, and whether they could be measured right after training."""
     has_news = False
     shown = StudyProgress(study.folder, pool.running, len(cells), len(waiting), console)
     with closing(pool), shown as progress:
@@ -95,11 +95,11 @@ def run_study(
                     pool.start(cell)
             if not pool.running:
                 break
-            if has_news:  # once the next runs are on their way
+            if has_news:  # after the next runs were started
                 try:
                     summarize_study(study, write_page, is_done=False)
-                except Exception as error:  # the runs do not depend on a table
-                    console.print(f"a summary failed: {error!r}", markup=False, highlight=False)
+                except Exception as error:  # the runs do not depend on it
+                    console.print(f"the summary failed: {error!r}", markup=False, highlight=False)
             has_news = False
             for cell in pool.wait():
                 trained.add(cell)
@@ -117,8 +117,9 @@ def run_study(
 
 
 def plan_cells(study: StudyConfig, only: Sequence[str] = ()) -> list[Cell]:
-    """Every variant, or `only` some, with every seed: seed by seed, so that a stopped study compares all variants, and
-    the baselines first, which the others are measured against."""
+    """Every variant, or `only` these, with every seed. All variants of one seed come before the next seed, so that an
+    interrupted study still compares all variants; baselines come first, because the others are measured against them.
+    """
     for name in only:
         if name not in study.variants:
             raise UserError(f"--only: {name!r} is not a variant of {study.name}; it has {', '.join(study.variants)}")
@@ -127,13 +128,13 @@ def plan_cells(study: StudyConfig, only: Sequence[str] = ()) -> list[Cell]:
 
 
 def list_baselines(study: StudyConfig, cell: Cell) -> list[Cell]:
-    """What a model is measured against on long documents: those of its seed."""
+    """The baselines of a model on long documents: those with its seed."""
     names = study.all_baselines
     return [] if cell.variant in names else [Cell(name, cell.seed) for name in names]
 
 
 def run_cell(study: StudyConfig, cell: Cell, *, write_report: ReportWriter | None = None) -> None:
-    """Train a cell as an experiment, or continue it, if it is not trained; measure it if its baselines are trained."""
+    """Train a cell, or continue its training, unless it is done; then measure it if its baselines are trained."""
     console = open_console(width=120)
     if read_results(study, cell) is None:
         config = study.configure(cell.variant, cell.seed)
@@ -144,13 +145,13 @@ def run_cell(study: StudyConfig, cell: Cell, *, write_report: ReportWriter | Non
 
 
 def read_results(study: StudyConfig, cell: Cell) -> dict[str, Any] | None:
-    """The results of a training; None: it is not complete."""
+    """The results of a cell's run; None: it is not complete."""
     results = read_json(study.folder / cell.name / RESULTS_FILE)
     return results if results and results.get("status") == "complete" else None
 
 
 def list_unmeasured(study: StudyConfig, cells: Sequence[Cell]) -> list[str]:
-    """A line for each measure that a variant asks for by name and that could not be made, with the runs and why."""
+    """A line for each measure that variants requested and that failed, with the reason and the runs."""
     found = defaultdict[tuple[str, str], list[str]](list)
     for cell in cells:
         if results := read_results(study, cell):
@@ -159,7 +160,7 @@ def list_unmeasured(study: StudyConfig, cells: Sequence[Cell]) -> list[str]:
     return [f"{measure} is not measured: {why} ({', '.join(runs)})" for (measure, why), runs in found.items()]
 
 
-# What is measured of trained models, beside what their runs have measured
+# Measurements of trained models, in addition to those of their runs
 
 
 class Measurement(NamedTuple):
@@ -171,7 +172,7 @@ class Measurement(NamedTuple):
 
 
 def list_measurements(study: StudyConfig, variant: str) -> dict[str, Measurement]:
-    """What a study measures of a variant, by name."""
+    """A study's measurements of a variant, by name."""
     sections: dict[str, dict[str, Any]] = {}
     if study.long_documents is not None and variant not in study.all_baselines:
         others = {"baselines": study.baselines, "window_baselines": study.window_baselines}
@@ -189,14 +190,14 @@ def list_measurements(study: StudyConfig, variant: str) -> dict[str, Measurement
 
 
 def measured_path(study: StudyConfig, cell: Cell, what: str) -> Path:
-    """Where one measurement of one training is kept."""
+    """The file of one measurement of one cell."""
     return study.folder / MEASURED_FOLDER / f"{cell.name}-{what}.json"
 
 
 def read_measured(study: StudyConfig, cell: Cell) -> dict[str, dict[str, Any]]:
-    """The records of a training by their names, without those that were made with other settings.
+    """A cell's records by name, without those made with other settings.
 
-    `result` is None where a measure does not apply to the text.
+    Their `result` is None if the measure does not apply to the text.
     """
     wanted = list_measurements(study, cell.variant)
     records = {what: read_json(measured_path(study, cell, what)) for what in wanted}
@@ -208,13 +209,13 @@ def read_measured(study: StudyConfig, cell: Cell) -> dict[str, dict[str, Any]]:
 
 
 def find_missing(study: StudyConfig, cell: Cell) -> dict[str, Measurement]:
-    """What is still to be measured of a training."""
+    """The measurements of a cell that are still to be made."""
     found = read_measured(study, cell)
     return {what: one for what, one in list_measurements(study, cell.variant).items() if what not in found}
 
 
 def measure_cell(study: StudyConfig, cell: Cell, console: Console) -> None:
-    """Measure one trained model as the study asks, where there is no record with these settings."""
+    """Make a trained cell's missing measurements."""
 
     def find_run(variant: str) -> str:
         return str(study.folder / Cell(variant, cell.seed).name)
@@ -246,8 +247,9 @@ def measure_cell(study: StudyConfig, cell: Cell, console: Console) -> None:
 
 
 def gather_runs(study: StudyConfig) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[dict[str, Any]]]]:
-    """By variant, all trainings that are done by now, with what was measured of them; and by variant and seed, what was
-    measured along the training, of runs under way too, which the end completes.
+    """By variant, the finished runs with their measurements; and by variant and seed, the measurements during training.
+
+    The latter include unfinished runs; for finished ones, they end with the final measurements.
     """
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in study.variants}
     logs: dict[str, list[dict[str, Any]]] = {name: [] for name in study.variants}
@@ -269,8 +271,8 @@ def gather_runs(study: StudyConfig) -> tuple[dict[str, list[dict[str, Any]]], di
 def summarize_study(
     study: StudyConfig, write_page: StudyWriter | None = None, *, is_done: bool = True
 ) -> dict[str, Any]:
-    """Compare all that is done by now, and write `study.json`, `table.md`, `figures.csv` and the page; the charts' own
-    files wait until the study is done."""
+    """Compare the finished runs, and write `study.json`, `table.md`, `figures.csv` and the page. Charts are written to
+    separate files only once the study is done."""
     found, checkpoints = gather_runs(study)
     summary = describe_study(study, found, checkpoints) | {"code": describe_code()}
     write_json(study.folder / SUMMARY_FILE, summary)
@@ -282,7 +284,7 @@ def summarize_study(
 
 
 def _claim_folder(study: StudyConfig) -> None:
-    """Create the study's folder, or check that it holds the same study; variants and seeds may have been added."""
+    """Create the study's folder, or check that it contains the same study; variants and seeds may have been added."""
     path = study.folder / STUDY_FILE
     if (study.folder / CONFIG_FILE).exists():
         raise UserError(f"{study.folder}: is a run, not a study; choose another name, or another --runs-dir")
@@ -292,8 +294,8 @@ def _claim_folder(study: StudyConfig) -> None:
         for variant in begun.variants:
             if variant in study.variants and begun.configure(variant, 0) != moved.configure(variant, 0):
                 raise UserError(
-                    f"{study.folder}: variant {variant} was begun with other settings; choose another name for the "
-                    "study, or another --runs-dir"
+                    f"{study.folder}: variant {variant} began with other settings; choose another name for the study, "
+                    "or another --runs-dir"
                 )
     study.folder.mkdir(parents=True, exist_ok=True)
     write_text_atomically(path, study.to_yaml())

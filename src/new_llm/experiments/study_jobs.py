@@ -1,7 +1,7 @@
-"""Several runs of a study at once: one after the other, in processes of their own, or as jobs of a cluster.
+"""Execute the runs of a study: one after the other, in parallel processes, or as jobs of a cluster.
 
-Whichever way, a run writes what it prints to a log file, and whatever it has done is on the disk: the progress of all
-runs, one live view on a terminal and a line per run elsewhere, is read from their `metrics.jsonl`.
+The output of each run goes to a log file, and its progress is read from its `metrics.jsonl`. A terminal shows a live
+view of all runs; elsewhere, a line is printed whenever a run ends.
 """
 
 import multiprocessing
@@ -33,17 +33,17 @@ from new_llm.training.log import METRICS_FILE, read_last_metrics
 
 LOGS_FOLDER = "logs"
 JOBS_FOLDER = "jobs"
-"""Where submitit keeps its own files of each job."""
+"""The folder for submitit's own files."""
 INTERRUPTED, BAD_INPUT = 130, 2
-"""Exit codes of a run's process, those of the command."""
+"""Exit codes of a run's process, the same as the command's."""
 TIMEOUT_MINUTES, MAX_TIMEOUTS = 1440, 10
 POLL_SECONDS = 0.2
-"""Between two looks at what runs; submitit asks SLURM itself less often."""
+"""Interval between checks of the runs; submitit queries SLURM less often."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One training of a study."""
+    """One run of a study: a variant trained with a seed."""
 
     variant: str
     seed: int
@@ -55,16 +55,16 @@ class Cell:
 
 
 Work = Callable[[Cell], None]
-"""Trains and measures one cell; a function of a module, or a partial of one, so that other processes find it."""
+"""Trains and measures one cell; a module-level function, or a partial of one, so that it can be pickled."""
 Launch = Callable[[Cell, Path], Any]
-"""Begins a cell's work, which prints to a log file. What it returns has a process's `exitcode` (None while it runs),
+"""Starts a cell's work, with output to a log file. Returns an object with a process's `exitcode` (None while it runs),
 `terminate` and `join`."""
 
 
 class Pool:
-    """Runs of a study, `size` at once (None: any number). `close` it at the end: what still runs is stopped.
+    """Runs of a study, up to `size` at once (None: no limit). Call `close` at the end; it stops those still running.
 
-    Bad input ends all; if a run fails in another way, the others continue. Trainings are resumable.
+    Bad input ends all runs; if a run fails in another way, the others continue. All runs can be resumed.
     """
 
     def __init__(self, folder: Path, size: int | None, launch: Launch) -> None:
@@ -76,20 +76,20 @@ class Pool:
         """A line for each run that failed without ending the others."""
 
     def start(self, cell: Cell) -> None:
-        """Begin a cell."""
+        """Start a cell."""
         self.running[cell] = self.launch(cell, self.find_log(cell).absolute())
 
     @property
     def has_room(self) -> bool:
-        """Whether another run may begin."""
+        """Whether another run may be started."""
         return self.size is None or len(self.running) < self.size
 
     def wait(self) -> list[Cell]:
-        """Wait until some cell has ended; returns those that have, failed ones left out.
+        """Wait until at least one cell has ended; returns those that ended without failure.
 
         Raises:
-            UserError: one had bad input: its name, its last line, and its log.
-            TrainingInterrupted: one was asked to stop.
+            UserError: a run had bad input; the message has its name, its last line, and its log.
+            TrainingInterrupted: a run was interrupted.
         """
         while not (ended := {cell: code for cell, run in self.running.items() if (code := run.exitcode) is not None}):
             time.sleep(POLL_SECONDS)
@@ -101,25 +101,25 @@ class Pool:
                 log = self.find_log(cell)
                 lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
                 why = lines[-1].strip() if lines else f"its process ended with {code}"
-                self.failures.append(f"{cell.name}: {why}; more is in {log}")
-            if code == BAD_INPUT:  # the others would most likely end so, too
+                self.failures.append(f"{cell.name}: {why}; see {log}")
+            if code == BAD_INPUT:  # the others would most likely fail, too
                 raise UserError(self.failures[-1])
         return [cell for cell, code in ended.items() if not code]
 
     def close(self) -> None:
-        """Ask what still runs to stop, and wait until it has written its checkpoints."""
+        """Ask the remaining runs to stop, and wait until they have written their checkpoints."""
         for run in self.running.values():
             run.terminate()
         for run in self.running.values():
             run.join()
 
     def find_log(self, cell: Cell) -> Path:
-        """The log of a cell."""
+        """The log file of a cell."""
         return self.folder / LOGS_FOLDER / f"{cell.name}.log"
 
 
 def open_pool(work: Work, folder: Path, jobs: int | None, cluster: ClusterConfig) -> Pool:
-    """What runs a study's cells, `jobs` at once: by default one in this process, or all of them on a cluster."""
+    """The pool for a study's cells, `jobs` at once; None: one in this process, or on a cluster all at once."""
     if cluster.executor is not None:
         executor = make_executor(cluster, folder / JOBS_FOLDER)
         cores = jobs if cluster.executor == "local" else None
@@ -131,14 +131,14 @@ def open_pool(work: Work, folder: Path, jobs: int | None, cluster: ClusterConfig
 
 @contextmanager
 def write_log(log: Path) -> Iterator[None]:
-    """Inside the block all that this process prints is added to a log file."""
+    """Append everything that this process prints in the block to a log file."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with name_refusals(log), log.open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
         yield
 
 
 def do_alone(work: Work, cell: Cell, log: Path) -> None:
-    """The body of a process that does nothing else: an error ends it with a line in the log and an exit code."""
+    """The body of a run's own process: an error ends it with a message in the log and an exit code."""
     with write_log(log):
         try:
             work(cell)
@@ -153,7 +153,7 @@ def do_alone(work: Work, cell: Cell, log: Path) -> None:
 
 
 class InTurn(NamedTuple):
-    """A run in this process, which does it when it is asked how it ended."""
+    """A run in this process; reading `exitcode` executes it."""
 
     work: Work
     cell: Cell
@@ -161,19 +161,19 @@ class InTurn(NamedTuple):
 
     @property
     def exitcode(self) -> int:
-        """Do all of it."""
+        """Execute the run."""
         with write_log(self.log):
             self.work(self.cell)
         return 0
 
     def terminate(self) -> None:
-        """Nothing is left to stop."""
+        """Do nothing: the run has ended."""
 
     join = terminate
 
 
 def start_process(jobs: int, work: Work, cell: Cell, log: Path) -> BaseProcess:
-    """A run in a process of its own with its share of the cores."""
+    """Start a run in its own process with its share of the cores."""
     process = multiprocessing.get_context("spawn").Process(target=_catch_sigterm, args=(work, cell, log))
     with share_cores(jobs):
         process.start()
@@ -181,13 +181,13 @@ def start_process(jobs: int, work: Work, cell: Cell, log: Path) -> BaseProcess:
 
 
 def _catch_sigterm(work: Work, cell: Cell, log: Path) -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # training itself catches both
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # during training, the trainer handles both signals
     do_alone(work, cell, log)
 
 
 @contextmanager
 def share_cores(jobs: int) -> Iterator[None]:
-    """Processes started inside the block use 1/jobs of the cores each; a user's OMP_NUM_THREADS wins."""
+    """Let each process started in the block use 1/jobs of the cores, unless the user has set OMP_NUM_THREADS."""
     name = "OMP_NUM_THREADS"
     given = os.environ.get(name)
     os.environ[name] = given or str(max(1, (os.cpu_count() or 1) // jobs))
@@ -199,7 +199,7 @@ def share_cores(jobs: int) -> Iterator[None]:
 
 
 class ClusterJob:
-    """A run that submitit submits as a job; `cores`: it takes this many cores' share of the machine."""
+    """A run submitted as a job by submitit; `jobs`, if given: it gets this share of this machine's cores."""
 
     def __init__(self, executor: Any, cores: int | None, *arguments: Any) -> None:
         with share_cores(cores) if cores else nullcontext():
@@ -207,27 +207,27 @@ class ClusterJob:
 
     @property
     def exitcode(self) -> int | None:
-        """0 or 1; None: it runs, or waits."""
-        # A job writes its result only if it ended well. The file is not read: the run folder holds all there is.
+        """0: succeeded; 1: failed; None: running or waiting."""
+        # A job writes its result only if it succeeded. The file itself is not read: everything is in the run folder.
         return int(not self.job.paths.result_pickle.exists()) if self.job.done() else None
 
     def terminate(self) -> None:
-        """Cancel it."""
+        """Cancel the job."""
         self.job.cancel(check=False)
 
     def join(self) -> None:
-        """The cluster waits."""
+        """Do nothing: the cluster ends the job."""
 
 
 class Job:
-    """What submitit runs. A job that is preempted or out of time is queued again, and continues its run."""
+    """The function that submitit calls. A job that is preempted or out of time is queued again and resumes its run."""
 
     def __call__(self, work: Work, cell: Cell, log: Path) -> None:
         """Do the work."""
         do_alone(work, cell, log)
 
     def checkpoint(self, *arguments: Any) -> Any:
-        """The same again: a run continues from its last checkpoint."""
+        """Submit the same job again: the run continues from its last checkpoint."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, *arguments)
@@ -266,11 +266,11 @@ MAX_LINES, NAME_COLUMNS, BAR_COLUMNS = 20, 22, 8
 
 
 class StudyProgress:
-    """Shows how far a study is, while its block runs.
+    """Show a study's progress while the block runs.
 
     Args:
-        running: the runs that are under way, as it changes.
-        num_left: the runs that were not complete before.
+        running: the current runs; the caller keeps changing this mapping.
+        num_left: number of runs that were not complete at the start.
     """
 
     def __init__(
@@ -282,14 +282,14 @@ class StudyProgress:
         self.num_done = num_cells - num_left
         self.console = console
         self.begun: dict[Cell, float] = {}
-        """When each run began."""
+        """Start time of each run."""
         self.seconds: list[float] = []
-        """How long each took that has ended."""
+        """Durations of the runs that have ended."""
         self._live = Live(console=console, get_renderable=self.render, refresh_per_second=2, transient=True)
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
-            self.console.file = self.console.file  # stays the terminal while a run's own output goes to its log
+            self.console.file = self.console.file  # fix it to the terminal while a run's output goes to its log
             self._live.start()
         return self
 
@@ -297,17 +297,17 @@ class StudyProgress:
         self._live.stop()
 
     def begin(self, cell: Cell) -> None:
-        """A run begins, or what it has trained is now measured."""
+        """Note that a run starts, or, after its training, its measurement."""
         self.begun.setdefault(cell, time.monotonic())
 
     def end(self, cell: Cell) -> None:
-        """A run is done."""
+        """Note that a run is done, and print a line."""
         self.seconds.append(time.monotonic() - self.begun[cell])
         self.num_done += 1
         self.console.print(f"{cell.name}: done, {self.describe_rest()}", highlight=False)
 
     def describe_rest(self) -> str:
-        """How many runs are done, and how long the others will take if they are like those."""
+        """How many runs are done, and an estimate of the remaining time from their durations."""
         text = f"{self.num_done} of {self.num_cells}"
         left = self.num_cells - self.num_done
         if not left or not self.seconds:
@@ -316,7 +316,7 @@ class StudyProgress:
         return f"{text}, about {format_seconds(seconds)} left"
 
     def render(self) -> Group:
-        """A line for each run that is under way, and one for all; 60 columns are enough."""
+        """A line for each current run and one for the study, at most 60 columns wide."""
         table = Table.grid(padding=(0, 1))
         table.add_column(no_wrap=True, max_width=NAME_COLUMNS)
         for width in (BAR_COLUMNS, 4, None):

@@ -1,7 +1,7 @@
 """The figures of a study: means over seeds with intervals, and differences from the reference, paired by seed.
 
-Which figures there are is the measures' to say: their columns, of what the runs measured themselves and of what the
-study measured afterwards. A result that a measure can't read loses its own cells, never the table.
+The figures are the columns that the measures define, for what the runs measured themselves and for what the study
+measured afterwards. If a measure can't read a result, only the cells of this result are missing.
 """
 
 import csv
@@ -27,23 +27,23 @@ from new_llm.experiments.config import VALIDATION, StudyConfig
 from new_llm.formats import format_bytes, format_count, format_number
 
 Run = Mapping[str, Any]
-"""One training: `seed`, `model` (its entry in results.json), `measured` (records by what was measured), `code`."""
+"""One run: `seed`, `model` (its entry in results.json), `measured` (the study's records by name), `code`."""
 
 COST = "Gates and cost"
 CPU_SECONDS = "processor seconds"
 MEMORY, STATE = "memory, bytes per row", "state, bytes per row"
-"""Titles of columns of cost, which figures stand against; a number is float32."""
+"""Titles of cost columns that charts have as their x-axis. Numbers count as float32."""
 BEYOND = "beyond repetition"
-"""What a memory is worth if both models also look up the text itself, two bytes per token, by its longest n-grams."""
+"""A comparison in which both models also look up the text itself, two bytes per token, by its longest n-grams."""
 CONTRASTS = "Right answers, in points"
-"""The table of what models are compared with themselves by."""
+"""The table of contrasts within a model."""
 BITS_PER_BYTE = "bits/byte"
-"""What the titles of columns in bits per byte end with."""
+"""The ending of the titles of columns in bits per byte."""
 STREAMING_BITS = f"streaming {BITS_PER_BYTE}"
 
 
 def list_measured(run: Run) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """(what was measured, the measure's name, its result) of a training."""
+    """Yield (name of the measurement, name of the measure, result) for a run."""
     for name, result in (run["model"].get("evaluation") or {}).items():
         yield name, name, result
     for what, record in run["measured"].items():
@@ -52,7 +52,7 @@ def list_measured(run: Run) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
 
 
 class Figure(NamedTuple):
-    """A figure of one training, the table that it stands in, and the documents that it is of, if that is known."""
+    """A figure of one run, its table, and the number of documents behind it, if known."""
 
     table: str
     column: Column
@@ -60,7 +60,7 @@ class Figure(NamedTuple):
 
 
 def list_figures(run: Run) -> dict[str, Figure]:
-    """Each figure of a training by its name."""
+    """The figures of a run by name."""
     figures: dict[str, Figure] = {}
     for what, name, result in list_measured(run):
         text = f": {what.removeprefix(f'{name}-')}" if what != name else ""
@@ -93,11 +93,11 @@ def list_figures(run: Run) -> dict[str, Figure]:
 
 
 def list_cached(run: Run) -> dict[str, tuple[Estimate, int]]:
-    """What each cache that was measured makes of the bits per byte of streaming, and the bytes it stores, by its name.
+    """By cache: the bits per byte of streaming with this cache, and the bytes that the cache stores.
 
-    What a cache is worth was measured on long documents, where it has something to look up: it is taken, in bits per
-    byte, from the model's own figure, on the validation documents. n-grams are looked up in the text itself: the
-    tokens of the longest document.
+    The gain of a cache was measured on long documents, where there is something to look up. Here it is subtracted, in
+    bits per byte, from the model's own figure on the validation documents. n-grams are looked up in the text itself,
+    so the tokens of the longest document count as stored.
     """
     own, later = run["model"].get("evaluation") or {}, run["measured"].get(f"caches-{VALIDATION}") or {}
     streaming, caches = own.get("streaming") or {}, later.get("result") or own.get("caches")
@@ -121,15 +121,18 @@ def describe_study(
     found: Mapping[str, list[dict[str, Any]]],
     checkpoints: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> dict[str, Any]:
-    """All figures of a study's finished runs by variant, as plain values: what `study.json` holds.
+    """The figures of a study's finished runs as plain values: the content of `study.json`.
 
-    Each variant has its changes, its seeds, the versions of the code that trained it, its size, and `figures`: by name
-    the values by seed, their mean with its interval (Student's t over at least MIN_SEEDS seeds; of one seed the
-    measure's own, over documents), the text of the table's cell, and the difference from the reference, paired by seed.
-    `caches` has, by name, the bits per byte of streaming with each cache that was measured around it, and the bytes
-    that the cache stores. `comparisons` are those with the reference of `compare_runs`, which tables show as figures,
-    too, beside those with the study's baselines; `checkpoints`, beside the variants, are those of
-    `describe_checkpoints`.
+    Each variant has its changes, its seeds, the versions of the code that trained it, its size, and:
+
+    - `figures`, by name: the values by seed; their mean with its interval (Student's t over at least MIN_SEEDS seeds;
+      for one seed, the measure's own interval over documents); the text of the table's cell; and the difference from
+      the reference, paired by seed;
+    - `caches`: see `summarize_caches`;
+    - `comparisons` with the reference, see `compare_runs`. Tables show these and the comparisons with the study's
+      baselines as figures, too.
+
+    `checkpoints`, next to the variants, is the result of `describe_checkpoints`.
     """
     tables: dict[str, dict[str, None]] = {}
     variants: dict[str, Any] = {}
@@ -174,7 +177,7 @@ def describe_study(
 
 
 def describe_figures(runs: Sequence[Run], reference: Sequence[Run]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(table, heading, figure) of a variant's figures over its seeds; `reference` is empty for the reference itself."""
+    """Yield (table, heading, figure) for a variant, over its seeds; `reference` is empty for the reference itself."""
     by_seed, theirs = ({run["seed"]: list_figures(run) for run in some} for some in (runs, reference))
     for metric in dict.fromkeys(metric for figures in by_seed.values() for metric in figures):
         known = {seed: figures[metric] for seed, figures in by_seed.items() if metric in figures}
@@ -195,7 +198,7 @@ def describe_figures(runs: Sequence[Run], reference: Sequence[Run]) -> Iterator[
 
 
 def summarize_caches(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    """The bits per byte of streaming with each cache that was measured around a variant, and the bytes it stores."""
+    """By cache added to a variant: the bits per byte of streaming, over seeds, and the bytes that the cache stores."""
     found: dict[str, list[tuple[Estimate, int]]] = {}
     for run in runs:
         for name, cached in list_cached(run).items():
@@ -210,7 +213,7 @@ def summarize_caches(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
 
 
 class Compared(NamedTuple):
-    """A comparison of a variant with the reference, and the table that it stands in, if it has a column at all."""
+    """A comparison of a variant with the reference, its table, and whether it has a column there at all."""
 
     comparison: Comparison
     table: str
@@ -218,7 +221,7 @@ class Compared(NamedTuple):
 
 
 def list_losses(runs: Iterable[Run]) -> dict[str, dict[str, dict[int, DocumentLosses]]]:
-    """What models are compared by: losses by what was measured, way of reading, and seed."""
+    """The losses by which models are compared: by measurement, way of reading, and seed."""
     found: dict[str, dict[str, dict[int, DocumentLosses]]] = {}
     for run in runs:
         for what, name, result in list_measured(run):
@@ -228,11 +231,12 @@ def list_losses(runs: Iterable[Run]) -> dict[str, dict[str, dict[int, DocumentLo
 
 
 def compare_runs(runs: Sequence[Run], reference: Sequence[Run], *, is_short: bool = False) -> dict[str, Compared]:
-    """A variant against the reference, paired by seed and document, in nats per token; by name.
+    """Compare a variant with the reference, paired by seed and document, in nats per token; by name.
 
-    Both are read the same way, with the same cache around each; `BEYOND` is the column of the last of `TEXT_CACHES`.
-    Where caches were measured, the bare model is also compared with the reference with each of them: "against + 2,000
-    states". Names of a range of distance end with "from 1,024"; `is_short`: only the last range is taken.
+    Both read in the same way and have the same cache. The comparison `BEYOND` gives both the largest cache of the text
+    that was measured (`TEXT_CACHES`). If caches were measured, the bare variant is also compared with the reference
+    with each cache: "against + 2,000 states". Comparisons in a range of distance end with "from 1,024"; with
+    `is_short`, only the last range is included.
     """
     own, others = list_losses(runs), list_losses(reference)
     found: dict[str, Compared] = {}
@@ -264,7 +268,7 @@ def compare_runs(runs: Sequence[Run], reference: Sequence[Run], *, is_short: boo
 
 
 def contrast_runs(runs: Sequence[Run]) -> dict[str, Comparison]:
-    """The contrasts within each run, e.g. of its hits with those of a guess, over seeds and documents; by name."""
+    """Contrasts within each run, e.g. of its hits with those of guessing, over seeds and documents; by name."""
     found: dict[str, tuple[dict[int, DocumentLosses], dict[int, DocumentLosses]]] = {}
     for run in runs:
         for _, name, result in list_measured(run):
@@ -291,11 +295,12 @@ def _show_comparison(found: Comparison, *, is_share: bool = False) -> dict[str, 
 def describe_checkpoints(
     checkpoints: Mapping[str, Sequence[Mapping[str, Any]]], reference: str
 ) -> dict[str, list[dict[str, Any]]]:
-    """By variant, along the training: its `share`, `tokens`, `seeds`, the `perplexity` of each way (the mean over seeds
-    of its logarithm), and the `comparisons` with the reference."""
+    """By variant, a list over the checkpoints of training. Each has its `share` of the training, `tokens`, `seeds`, the
+    `perplexity` of each way of reading (averaged over seeds in the logarithm), and the `comparisons` with the
+    reference."""
 
     def find_runs(variant: str, place: int) -> list[Run]:
-        """The runs that have come so far, each as a training whose model is the line of its log."""
+        """The runs that have reached this checkpoint, each with the line of its log as its model's entry."""
         logs = [(one["seed"], one["log"]) for one in checkpoints.get(variant, ())]
         return [{"seed": seed, "model": log[place], "measured": {}} for seed, log in logs if len(log) > place]
 
@@ -324,7 +329,7 @@ def describe_checkpoints(
 
 
 def _summarize(values: Sequence[Any], *, is_shown: bool, single: Column | Estimate | None = None) -> dict[str, Any]:
-    """The mean over seeds with its interval; of one seed the interval is the figure's own."""
+    """The mean over seeds with its interval; for one seed, the figure's own interval."""
     finite = [float(value) for value in values if math.isfinite(value)]
     low, high = (single.low, single.high) if single and len(values) == 1 else (None, None)
     if is_shown and len(finite) >= MIN_SEEDS and min(finite) < max(finite):
@@ -342,18 +347,18 @@ def _render(column: Column, summary: Mapping[str, Any]) -> str:
 
 
 def render_introduction(summary: Mapping[str, Any]) -> str:
-    """The study's question, and how its figures are to be read."""
+    """The study's question, and how to read its figures."""
     return (
-        f"{make_line(summary['question'])} Mean over {summary['num_seeds']} seeds and its 95 % interval; of one seed "
-        "the interval over documents; of two seeds none. Differences are relative: below 0 the carried memory is "
-        "better. Models are compared paired by seed and document, and the interval is for other seeds and other "
-        "documents; beside a difference that chance could explain stands the smallest one that would have been seen in "
-        f"four of five repetitions. Figures of fewer than {MIN_DOCUMENTS} documents have no interval."
+        f"{make_line(summary['question'])} Figures are means over {summary['num_seeds']} seeds with 95 % intervals: "
+        "over documents for a single seed, and none for two seeds. Differences are relative; below 0, the carried "
+        "memory is better. Models are compared paired by seed and document, and intervals hold for other seeds and "
+        "other documents. A difference that chance could explain is followed by the smallest one that would have been "
+        f"seen in four of five repetitions. Figures from fewer than {MIN_DOCUMENTS} documents have no interval."
     )
 
 
 def render_markdown(summary: Mapping[str, Any]) -> str:
-    """The tables of a study: a line per variant, a column per figure; the interval beside the mean."""
+    """The tables of a study in Markdown: a row per variant, a column per figure, with its mean and interval."""
     lines = [render_introduction(summary)]
     for title in summary["tables"]:
         columns, rows = list_cells(summary, title)
@@ -364,7 +369,7 @@ def render_markdown(summary: Mapping[str, Any]) -> str:
 
 
 def render_csv(summary: Mapping[str, Any]) -> str:
-    """The figures of a study for other programs: a row per variant and figure, the seeds' values beside the mean."""
+    """The figures of a study as CSV: a row per variant and figure, with the mean and the values by seed."""
     seeds = dict.fromkeys(str(seed) for entry in summary["variants"].values() for seed in entry["seeds"])
     ends = ("mean", "low", "high", "num_seeds")
     file = io.StringIO()
@@ -382,7 +387,7 @@ def render_csv(summary: Mapping[str, Any]) -> str:
 def list_cells(
     summary: Mapping[str, Any], title: str
 ) -> tuple[list[str], list[tuple[str, list[tuple[str, float | None]]]]]:
-    """A table's columns, and for each variant that has a figure in it the cells: a text, and what it is sorted by."""
+    """A table's column titles, and the cells (text, sort value) of each variant that has a figure in it."""
     metrics, rows = summary["tables"][title], []
     for name, entry in summary["variants"].items():
         found = [entry["figures"].get(metric, {"text": "–", "mean": None}) for metric in metrics]

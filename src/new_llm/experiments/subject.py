@@ -1,7 +1,7 @@
-"""Any trained model, for `new-llm eval` and studies: one of a run, a saved one, or a Hugging Face checkpoint.
+"""Load any trained model for `new-llm eval` and studies: from a run, a saved model, or a Hugging Face checkpoint.
 
-GPT-NeoX checkpoints become models of this project; other kinds are read through a wrapper. `export_run` is the way
-back: a run's model as a folder for Hugging Face's tools, with a model card of what the run measured.
+GPT-NeoX checkpoints become models of this project; other kinds get a wrapper. `export_run` goes the other way: it
+writes a run's model as a folder for Hugging Face's tools, with a model card that has the run's results.
 """
 
 import re
@@ -49,9 +49,10 @@ class LoadedModel:
     """A model with its tokenizer, on its device and in evaluation mode.
 
     Attributes:
-        label: short name that can be part of a file name.
+        label: a short name that can be part of a file name.
         precision: fp32, bf16 (autocast), or the dtype of its weights.
-        autocast: makes the context in which it computes.
+        autocast: makes the context in which the model computes.
+        facts: a description of the model for the record.
         folder: the run it belongs to; None: no run.
         config: that run's configuration; None: no run.
     """
@@ -72,7 +73,7 @@ def load_any_model(config: SubjectConfig) -> LoadedModel:
     device = choose_device(config.device)
     if (name := config.run) is None:
         if config.parallel_adapter is None:
-            raise UserError("--run: a model is needed: a run folder, a saved model, or a Hugging Face folder or name")
+            raise UserError("--run: give a run folder, a saved model's folder, or a Hugging Face folder or name")
         name = read_base_name(config.parallel_adapter)
     path = Path(name).expanduser()
     is_own = path.is_dir() and not (path / "config.json").is_file()
@@ -108,11 +109,11 @@ def load_any_model(config: SubjectConfig) -> LoadedModel:
 
 
 def _load_own(config: SubjectConfig, path: Path) -> tuple[str, TransformerLM, Tokenizer, Path | None, dict[str, Any]]:
-    """Label, model, tokenizer, the run it belongs to, and facts, of a folder of this project."""
+    """Load a folder of this project: label, model, tokenizer, the run it belongs to, and facts."""
     for name in ("revision", "segment_length"):
         if getattr(config, name) is not None:
             raise UserError(
-                f"--{name.replace('_', '-')}: is for Hugging Face models; {path} is a folder of this project"
+                f"--{name.replace('_', '-')}: only for Hugging Face models; {path} is a folder of this project"
             )
     folder = find_model_folder(path, config.model)
     model, tokenizer = load_run_model(folder)
@@ -122,9 +123,9 @@ def _load_own(config: SubjectConfig, path: Path) -> tuple[str, TransformerLM, To
 
 
 def _load_hugging_face(config: SubjectConfig, name: str) -> tuple[str, Any, Tokenizer, None, dict[str, Any]]:
-    """The same of a Hugging Face folder or name, which belongs to no run."""
+    """The same for a Hugging Face folder or name, which belongs to no run."""
     if config.model is not None:
-        raise UserError(f"--model: is for a run of several models; {name} is one model")
+        raise UserError(f"--model: only for a run of several models; {name} is a single model")
     if config.parallel_adapter is not None and config.segment_length is not None:
         raise UserError("--segment-length: an adapter has its own; leave it out with --parallel-adapter")
     model, tokenizer, kind = load_hugging_face(name, config.revision, config.segment_length)
@@ -135,7 +136,7 @@ def _load_hugging_face(config: SubjectConfig, name: str) -> tuple[str, Any, Toke
 def load_hugging_face(
     name: str, revision: str | None, segment_length: int | None
 ) -> tuple[TransformerLM | HuggingFaceLM, Tokenizer, str]:
-    """The model of a folder or a hub name, its tokenizer and its model type. The checkpoint's own code never runs."""
+    """Load a folder or hub name: model, tokenizer and model type. Code in the checkpoint is never executed."""
     kind = _read_model_type(name, revision)
     model: TransformerLM | HuggingFaceLM
     if kind == "gpt_neox":
@@ -152,7 +153,7 @@ def load_hugging_face(
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name, revision=revision or "main", torch_dtype="auto", trust_remote_code=False
             )
-        except Exception as error:  # transformers raises whatever its many parts raise
+        except Exception as error:  # transformers can raise anything
             raise UserError(f"{name}: can't be loaded as a causal language model: {describe_failure(error)}") from None
         if kind == new_llm.models.hf.NewLLMConfig.model_type:
             if segment_length is not None:
@@ -169,7 +170,7 @@ def _read_model_type(name: str, revision: str | None) -> str:
     path = Path(name).expanduser() / "config.json"
     if not path.parent.is_dir():
         if not HUB_NAME.fullmatch(name):
-            raise UserError(f"{name}: no such folder, and not a name of a model on the hub")
+            raise UserError(f"{name}: no such folder, and not a valid name of a model on the hub")
         try:
             if hub_answers(f"{name}/resolve/{revision or 'main'}/config.json", DataConfig.hub_timeout_seconds):
                 cached: Any = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
@@ -179,13 +180,13 @@ def _read_model_type(name: str, revision: str | None) -> str:
             raise UserError(f"{name}: could not be loaded: {describe_failure(error)}") from None
         if not isinstance(cached, str):
             raise UserError(
-                f"{name}: no such folder, nothing of this name is cached here, and the hub at {hub_endpoint()} is out "
-                "of reach; give a run folder, or a folder that save_pretrained or `new-llm export` wrote"
+                f"{name}: no such folder, not in the local cache of the hub, and the hub at {hub_endpoint()} is out of "
+                "reach; give a run folder, or a folder that save_pretrained or `new-llm export` wrote"
             )
         path = Path(cached)
     kind = read_mapping(path).get("model_type")
     if not isinstance(kind, str):
-        raise UserError(f"{path}: names no model_type")
+        raise UserError(f"{path}: model_type is missing")
     return kind
 
 
@@ -201,8 +202,8 @@ tags: [{tags}]
 
 # {title}
 
-A causal language model in the shape of Pythia, trained with New-LLM. A base model: it continues a text, and answers
-nothing.
+A causal language model in the shape of Pythia, trained with New-LLM. It is a base model: it continues texts but does
+not answer questions.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -221,13 +222,13 @@ REGISTRATION = "import new_llm.models.hf  # registers the model type; no code co
 def export_run(
     run: str | Path, model: str | None, directory: str | Path, *, layout: Literal["auto", "gpt_neox"] = "auto"
 ) -> None:
-    """Write a run's model with its best weights, its tokenizer and a model card; an exported model there is replaced.
+    """Write a run's model with its best weights, tokenizer and a model card; an exported model there is replaced.
 
-    `layout` is auto, for every kind of model, or gpt_neox, for plain Pythia models.
+    `layout`: auto for any model, gpt_neox for plain Pythia models only.
     """
     source, directory = find_model_folder(Path(run), model), Path(directory).expanduser()
     if (directory / STRUCTURE_FILE).is_file():
-        raise UserError(f"{directory}: a model of this project is stored here; choose another folder to export to")
+        raise UserError(f"{directory}: contains a model of this project; choose another folder to export to")
     loaded, tokenizer = load_run_model(source)
     export = export_pythia if layout == "gpt_neox" else export_auto
     export(loaded, directory, tokenizer)
@@ -235,7 +236,7 @@ def export_run(
 
 
 def write_card(model: TransformerLM, source: Path, layout: str, title: str) -> str:
-    """The model card, in Markdown with the hub's metadata: how to load the model, what it is, and its run's figures."""
+    """The model card in Markdown, with the hub's metadata: how to load the model, its facts, and its run's results."""
     kinds = [layer.kind for layer in model.layer_list]
     facts = {
         "layers": ", ".join(kinds),
