@@ -218,7 +218,7 @@ CASES = [
     (f"{LONG} --max-tokens-per-document 10", "is less than min_tokens"),
     (f"{LONG} --baselines {{other}}:pythia", "its tokenizer differs from that of infini"),
     (f"{LONG} --window-baselines {{run}}:pythia --window-stride 97", "exceeds the window"),
-    (f"{LONG} --baselines {{run}}:pythia {{run}}:pythia", "is named twice"),
+    (f"{LONG} --baselines {{run}}:pythia {{run}}:pythia", "is given twice"),
     (f"eval recall {EVAL} --lengths 2 2", "names a value twice"),
     (f"{REVERSAL} --pairs {{other}}/bad.jsonl", "bad.jsonl: line 1: forward_prompt is missing"),
     (f"{REVERSAL} --max-sentences 10", "at most 10 are scored"),

@@ -170,7 +170,7 @@ def test_runs_that_end_together_are_all_measured(addresses, tmp_path, monkeypatc
         ({"variants": {"../a": {}}}, "variants"),
         ({"baselines": ["nope"]}, "'nope' is not a variant"),
         ({"seeds": [1, 1]}, "a seed is given twice"),
-        ({"texts": ["validation.txt"]}, "texts: validation.txt: another text is called 'validation', too"),
+        ({"texts": ["validation.txt"]}, "texts: validation.txt: another text is also called 'validation'"),
         (
             {"window_baselines": ["whole"], "long_documents": {"window_stride": 10_000}},
             "long_documents.window_stride: 10000 exceeds the window of whole (",
@@ -349,7 +349,7 @@ def test_what_fails_leaves_the_others(tmp_path, monkeypatch, error, jobs, execut
     assert run(pool) == CELLS[:1]
     assert (tmp_path / LOGS_FOLDER / "reference-s0.log").read_text() == "here is reference-s0\n"
     (line,) = pool.failures
-    assert line.startswith(f"no-delta-s0: {message}; more is in ")
+    assert line.startswith(f"no-delta-s0: {message}; see ")
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_the_headline_names_the_best_and_by_how_much(outcome):
 
 def test_the_headline_claims_no_more_than_was_measured(outcome):
     assert "have the same sliding-window perplexity" in outcome(80.0, 80.01)
-    assert "There is one model only: nothing to compare it with." in outcome(80.0)
+    assert "There is only one model, and nothing to compare it with." in outcome(80.0)
     assert outcome(None, float("nan")).startswith("No model has been evaluated")
     assert "Not evaluated: pythia." in outcome(float("inf"), 76.0)
     assert "spread between seeds is unmeasured" in outcome(80.0, 76.0)
@@ -65,7 +65,7 @@ def test_several_seeds_are_paired_by_seed_and_document(results):
     """A gain on one document in six is no gain on others, however alike the seeds are."""
     hard = [3.0, 4.0, 5.0, 4.5, 3.5, 5.5]
     for gains, words in (
-        ([0.1] * 6, "an indication only: a claim needs 5 seeds"),
+        ([0.1] * 6, "only an indication: a claim needs 5 seeds"),
         ([0.6] + [0.0] * 5, "read it as a tie (a diff"),
     ):
         seeds = [make_seed(results, seed, {"pythia": 1.0, "infini": 0.9 + 0.001 * seed}) for seed in range(3)]

@@ -1,4 +1,4 @@
-"""The report of experiments: a page to show, charts as files, and tables for the console."""
+"""Reports of experiments: an HTML page, charts as files, and tables for the console."""
 
 from new_llm.report.figures import write_chart, write_charts
 from new_llm.report.page import write_page, write_report

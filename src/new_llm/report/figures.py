@@ -1,4 +1,4 @@
-"""The charts of training, and any chart drawn: as SVG for the page, in its colours, and as files that stand alone."""
+"""Draw charts, as SVG in the page's colours or as files of their own; and define the charts of training."""
 
 import copy
 import dataclasses
@@ -20,9 +20,9 @@ from new_llm.report.results import Series, compute_mean, get_gates, get_value
 
 PNG_SCALE = 2.0
 ENGINE_BYTES = 80 * 10**9
-"""Addresses that Vega's JavaScript engine reserves, with some to spare."""
+"""Address space that Vega's JavaScript engine reserves, with some to spare."""
 ENDINGS = (".svg", ".png", ".csv")
-# Which of the page's variables stands for each colour of `new_llm.charts`.
+# The page's CSS variable for each colour of `new_llm.charts`.
 VARIABLES = {color: f"--series-{place}" for place, color in enumerate(PALETTE)} | {
     charts.INK: "--ink",
     charts.MUTED: "--muted",
@@ -33,26 +33,27 @@ VARIABLES = {color: f"--series-{place}" for place, color in enumerate(PALETTE)} 
 
 
 def find_obstacle() -> str | None:
-    """Why no chart can be drawn here; None: nothing. The engine that draws would end the whole process."""
+    """Why charts can't be drawn on this machine; None: they can. Without this check the drawing engine would crash."""
     limit = read_address_limit()
     if limit is None or limit >= ENGINE_BYTES:
         return None
     return (
-        f"charts can't be drawn: their engine reserves {format_bytes(ENGINE_BYTES)} of addresses (not of memory), and "
-        f"this process may use {format_bytes(limit)} (ulimit -v)"
+        f"charts can't be drawn: the drawing engine reserves {format_bytes(ENGINE_BYTES)} of address space (not of "
+        f"memory), but this process is limited to {format_bytes(limit)} (ulimit -v)"
     )
 
 
 def draw(spec: dict[str, Any]) -> str:
-    """The SVG of a chart's specification; nothing is loaded, and no home folder is named.
+    """Draw a chart's specification as SVG; loads nothing, and hides home folders.
 
-    What no XML may hold, in names from a file of others, is shown as on a terminal: else the engine ends the process.
+    Characters that XML does not allow, e.g. in names from other people's files, are escaped; they would crash the
+    engine.
     """
     return hide_home(vl_convert.vegalite_to_svg(_make_texts_printable(spec), allowed_base_urls=[]))
 
 
 def _make_texts_printable(value: Any) -> Any:
-    """All texts in nested dicts and lists, the keys too, by which a specification names its columns."""
+    """Escape all strings in nested dicts and lists, including keys, which are names of columns."""
     if isinstance(value, dict):
         return {make_printable(key): _make_texts_printable(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
@@ -61,17 +62,17 @@ def _make_texts_printable(value: Any) -> Any:
 
 
 def write_table(chart: Chart) -> str:
-    """A chart's numbers as CSV, without home folders and lone surrogates, which JSON may hold and UTF-8 can't."""
+    """A chart's numbers as CSV, without home folders and lone surrogates (JSON allows them, UTF-8 does not)."""
     return hide_home(chart.to_csv()).encode("utf-8", "replace").decode("utf-8")
 
 
 def write_chart(chart: Chart, path: Path, svg: str | None = None) -> None:
     """Write a chart as .svg or .png, or its numbers as .csv; another ending is a `UserError`.
 
-    `svg` is the chart, if it has been drawn.
+    `svg` is the chart if it has already been drawn.
     """
     if path.suffix not in ENDINGS:
-        raise UserError(f"{path}: a picture's name ends with {', '.join(ENDINGS)}")
+        raise UserError(f"{path}: a chart's file must end with {', '.join(ENDINGS)}")
     if path.suffix == ".csv":
         write_text_atomically(path, write_table(chart))
         return
@@ -86,7 +87,7 @@ def write_chart(chart: Chart, path: Path, svg: str | None = None) -> None:
 
 
 def name_apart(charts: Iterable[Chart]) -> Iterator[Chart]:
-    """Charts with names that differ: of two with one name the later one gets a number."""
+    """Give charts unique names: if two have the same name, the later one gets a number."""
     taken: set[str] = set()
     for chart in charts:
         name, number = chart.name, 2
@@ -97,7 +98,7 @@ def name_apart(charts: Iterable[Chart]) -> Iterator[Chart]:
 
 
 def write_charts(charts: Iterable[Chart], folder: Path) -> None:
-    """Write charts into a folder, each as SVG, PNG and CSV under its name."""
+    """Write each chart into a folder as SVG, PNG and CSV."""
     for chart in name_apart(charts):
         svg = draw(chart.spec)
         for ending in ENDINGS:
@@ -105,10 +106,10 @@ def write_charts(charts: Iterable[Chart], folder: Path) -> None:
 
 
 def draw_for_page(chart: Chart, spec: dict[str, Any], places: Mapping[str, int]) -> str:
-    """An SVG element for the page: no legend, the page's colours, a tooltip for each mark.
+    """Draw a chart as an SVG element for the page: no legend, the page's colours, a tooltip for each mark.
 
     Args:
-        places: the models' places, which choose their colours and marks in all charts alike.
+        places: the index of each model, which determines its colour and mark in all charts.
     """
     spec = copy.deepcopy(spec)
     spec["config"]["background"] = None
@@ -117,9 +118,9 @@ def draw_for_page(chart: Chart, spec: dict[str, Any], places: Mapping[str, int])
 
 
 def place_series(chart: Chart, places: Mapping[str, int]) -> dict[str, int]:
-    """By name, the places of a chart's series, in the order of its legend: the models' own, else as the chart has them.
+    """The index of each of a chart's series, by name in the order of the legend: the model's, else the chart's own.
 
-    Empty where the chart has no legend.
+    Empty if the chart has no legend.
     """
     color = chart.spec.get("encoding", {}).get("color", {})
     if color.get("legend") is None:
@@ -129,7 +130,7 @@ def place_series(chart: Chart, places: Mapping[str, int]) -> dict[str, int]:
 
 
 def _adapt_encodings(part: Any, places: Sequence[int]) -> None:
-    """Take the legends out, and let the models' places choose colours and shapes."""
+    """Remove the legends, and set colours and shapes by the models' indices."""
     for channel, options in (("color", PALETTE), ("shape", SHAPES)):
         encoding = part.get("encoding", {}).get(channel)
         if encoding and encoding.get("legend") is not None:
@@ -150,11 +151,11 @@ _ROOT = re.compile(r'<svg [^>]*?width="([\d.]+)" height="([\d.]+)"[^>]*>')
 
 
 def adapt_svg(svg: str, label: str) -> str:
-    """Vega's SVG as an element of the page: the page's colours and letters, labels of marks as tooltips."""
+    """Turn Vega's SVG into an element of the page, with its colours and fonts, and with labels of marks as tooltips."""
     svg = _NOISE.sub("", svg)
     svg = _GROUP_LABEL.sub(r"\1", svg)
     svg = _MARK_LABEL.sub(r"<\1\3><title>\2</title></\1>", svg)
-    for _ in range(3):  # what holds nothing but what is empty is empty
+    for _ in range(3):  # an element that contains only empty ones is empty, too
         svg = _UNSEEN.sub("", svg)
     svg = _COLOR.sub(lambda m: f'{m[1]}="var({VARIABLES[m[2]]})"' if m[2] in VARIABLES else m[0], svg)
     return _ROOT.sub(rf'<svg viewBox="0 0 \1 \2" role="img" aria-label="{escape(label)}">', svg, count=1)
@@ -163,21 +164,21 @@ def adapt_svg(svg: str, label: str) -> str:
 # Charts of training
 
 
-TRAINING_FLOPS = 3  # a training step's, by those of its forward pass; the backward pass takes about twice as many
-MAX_POINTS = 160  # of a curve; more can't be seen
+TRAINING_FLOPS = 3  # of a training step relative to its forward pass; the backward pass takes about twice as many
+MAX_POINTS = 160  # of a curve; more can't be distinguished
 SMOOTHING_SHARE = 0.08  # the training loss is averaged over about this share of its points
-MAX_LOSS, MAX_PERPLEXITY = 1e3, 1e9  # beyond these a model broke, and would flatten the others' curves
+MAX_LOSS, MAX_PERPLEXITY = 1e3, 1e9  # beyond these a model diverged, and would flatten the others' curves
 
 Line = dict[str, Any]
 AXES = (
     ("tokens", "training tokens"),
-    ("seconds", "seconds of training"),
-    ("compute", "FLOPs of training, 3 forward passes"),
+    ("seconds", "training time in seconds"),
+    ("compute", "training FLOPs (3 forward passes per step)"),
 )
 
 
 def read_curve(entry: Line, log: str, find: Callable[[Line], float | None]) -> list[tuple[Line, float]]:
-    """A log's lines with a drawable value, as many as can be seen, each with where it stands on every axis."""
+    """(position on each x-axis, value) for the lines of a log that have a value, thinned to about `MAX_POINTS`."""
     flops = get_value(entry, "cost", "flops_per_token")
     found = []
     for line in get_value(entry, "training", log) or ():
@@ -208,7 +209,7 @@ def draw_curves(
     y_log: bool = False,
     is_smooth: bool = False,
 ) -> Iterator[Chart]:
-    """A learning curve against tokens, time and compute, a view each."""
+    """Draw a curve against tokens, time and compute, one view each."""
     rows: list[Line] = []
     for one in series:
         for member in one.members:
@@ -218,9 +219,9 @@ def draw_curves(
             known = zip(curve, values, strict=True)
             rows += [{"model": one.name, "seed": member.seed, **place, y_title: y} for (place, _), y in known]
     if any(len(one.members) > 1 for one in series):
-        caption += " Lines are means over seeds, bands reach from the lowest to the highest seed."
+        caption += " Lines are means over seeds; bands reach from the lowest to the highest seed."
     for axis, x_title in AXES:
-        # Seeds of a model share their tokens and compute, not their seconds: there each would be a line of its own.
+        # A model's seeds share tokens and compute but not seconds, over which there is no mean: show the first seed.
         shown = [row for row in rows if row[axis] is not None]
         if axis == "seconds":
             first = {row["model"]: row["seed"] for row in reversed(shown)}
@@ -246,7 +247,8 @@ def draw_training(series: Sequence[Series]) -> list[Chart]:
             series,
             "validation",
             "Validation perplexity",
-            "After each epoch, on documents that are never trained on. A curve that turns up shows overfitting.",
+            "Measured after each epoch on documents that are not in training. A curve that rises again shows "
+            "overfitting.",
             log="epochs_log",
             find=between("validation_perplexity", 1.0, MAX_PERPLEXITY),
             y_title="perplexity",
@@ -256,7 +258,7 @@ def draw_training(series: Sequence[Series]) -> list[Chart]:
             series,
             "training-loss",
             "Training loss",
-            "A running mean. The models of one run read the same samples in the same order.",
+            "Running mean. All models of a run read the same samples in the same order.",
             log="steps_log",
             find=between("loss", -MAX_LOSS, MAX_LOSS),
             y_title="loss, nats per token",
@@ -266,7 +268,7 @@ def draw_training(series: Sequence[Series]) -> list[Chart]:
 
 
 def draw_memory(series: Sequence[Series]) -> list[Chart]:
-    """The gates of memory layers, at the end and along the training."""
+    """The gates of memory layers after and during training, and the adapter's α during training."""
     cells = [
         {"layer": f"{one.name}, {layer.replace('layers.', 'layer ')}", "head": head + 1, "gate": gate}
         for one in series
@@ -277,7 +279,7 @@ def draw_memory(series: Sequence[Series]) -> list[Chart]:
     charts: list[Chart] = []
     if cells:
         caption = (
-            "1 reads from memory alone, 0 from the open segment alone. A gate that has not moved from where it began "
+            "1: the head reads only the memory; 0: only the current segment. A gate that still has its initial value "
             "has not been trained."
         )
         axes = {"x": "head", "y": "layer", "value": "gate", "x_title": "memory head", "value_title": "gate"}
@@ -287,8 +289,8 @@ def draw_memory(series: Sequence[Series]) -> list[Chart]:
     charts += draw_curves(
         series,
         "gates-training",
-        "Gates along the training",
-        "The mean gate of all memory heads.",
+        "Gates during training",
+        "Mean over the gates of all memory heads.",
         log="steps_log",
         find=lambda line: _mean(gate for gates in get_gates(line).values() for gate in gates),
         y_title="mean gate",
@@ -296,8 +298,8 @@ def draw_memory(series: Sequence[Series]) -> list[Chart]:
     charts += draw_curves(
         series,
         "alpha-training",
-        "Strength of the adapter along the training",
-        "α times the memory's output is added to the base model's layer; 0 leaves the base model as it was.",
+        "Strength α of the adapter during training",
+        "α times the adapter's output is added to that of the base model's layer; at 0 the base model is unchanged.",
         log="steps_log",
         find=lambda line: _mean(alpha for alpha in line.get("alpha", {}).values() if alpha is not None),
         y_title="mean α",

@@ -1,4 +1,4 @@
-"""The sentence that sums a report up: which model is best, by how much, and how far to trust it."""
+"""The sentences that sum up a report: which model is best, by how much, and how far to trust this."""
 
 import math
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from new_llm.report.results import (
 
 SAME_SHARE = 0.0005
 TOKENIZERS = "they were measured with different tokenizers"
-# Where it stands what models were measured on, and what to say where it differs.
+# Where the results say on what models were measured, and the words to use if this differs.
 SOURCE = (("data", "source_fingerprint"), "they were measured on different texts")
 SPLIT = (
     (("data", "tokenizer", "fingerprint"), TOKENIZERS),
@@ -34,9 +34,9 @@ SAME_PROTOCOL = ("num_tokens", "context", "stride")
 
 @dataclass(frozen=True)
 class Headline:
-    """What the results say in one sentence, and caveats: how far to trust it.
+    """What the results show, in a sentence, and caveats to it.
 
-    `is_comparable` is whether the models were measured on the same text.
+    `is_comparable`: all models were measured on the same text.
     """
 
     text: str
@@ -46,7 +46,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class Score:
-    """A model's headline figure, a value for each seed."""
+    """A model's main figure, with a value per seed."""
 
     series: Series
     column: Column
@@ -62,7 +62,7 @@ class Score:
 
 
 def describe_outcome(series: Sequence[Series]) -> Headline:
-    """Say whether memory helps where long documents tell it, which model is best, and how far to trust it."""
+    """Say whether memory helps, if long documents were measured, which model is best, and how far to trust this."""
     ranking = describe_ranking(series)
     try:
         answer = describe_memory(series)
@@ -72,13 +72,12 @@ def describe_outcome(series: Sequence[Series]) -> Headline:
 
 
 def describe_memory(series: Sequence[Series]) -> str:
-    """What the best memory is worth on long documents: against an empty one, a model without memory, and a cache on it.
-
-    Empty where no model with memory has been measured on long documents.
+    """How much the best memory helps on long documents, compared with an empty one, a model without memory, and the
+    latter with a cache. Empty if no model with memory was measured on long documents.
     """
 
     def find_results(measure: str, one: Series) -> dict[Any, dict[str, Any]]:
-        """By seed, on the first text that any model has."""
+        """Results by seed, on the first text on which any model was measured."""
         place = next((place for place in list_places(series) if place[0] == measure), ("", ""))
         return one.find_results(place)
 
@@ -124,7 +123,7 @@ def describe_memory(series: Sequence[Series]) -> str:
         effect = compare(caches[0], caches[1], ("caches", "bare"), ("caches", strongest))
         if effect is not None and strongest != "bare":
             stored = "states and of the text" if strongest == "+ all" else strongest.removeprefix("+ ")
-            text += f" Against {baseline.name} with a cache of {stored}, which needs no training, "
+            text += f" Compared with {baseline.name} with a cache of {stored}, which needs no training, "
             text += f"it is {_say_difference(effect)}."
     return text
 
@@ -143,7 +142,7 @@ def _say_difference(effect: Comparison) -> str:
 
 
 def describe_ranking(series: Sequence[Series]) -> Headline:
-    """Say which model is best by the first figure of the summary for which lower or higher is better."""
+    """Say which model is best by the first figure of the summary that has a better direction."""
     place, scores = find_scores(series)
     if place is None:
         found = [(one.name, measured) for one in series for m in one.members for measured in m.measured.values()]
@@ -170,7 +169,7 @@ def describe_ranking(series: Sequence[Series]) -> Headline:
         caveats.append(f"Figures are means over {many} seeds per model.")
     if len(scores) == 1:
         text = f"{best.series.name} reaches a {what} of {best}."
-        return Headline(text, [*caveats, "There is one model only: nothing to compare it with."])
+        return Headline(text, [*caveats, "There is only one model, and nothing to compare it with."])
     second, word = scores[1], "lowest" if column.better == "lower" else "highest"
     if abs(best.mean - second.mean) <= SAME_SHARE * abs(second.mean):
         text = f"{best.series.name} and {second.series.name} have the same {what}, {best}, to within 0.05%."
@@ -182,7 +181,7 @@ def describe_ranking(series: Sequence[Series]) -> Headline:
 
 
 def find_scores(series: Sequence[Series]) -> tuple[Place | None, list[Score]]:
-    """The first figure that says which way is better, and the models that have a finite one."""
+    """The first measure with a column that has a better direction, and its finite values by model."""
     for place in list_places(series):
         scores = []
         for one in series:
@@ -199,9 +198,9 @@ def find_scores(series: Sequence[Series]) -> tuple[Place | None, list[Score]]:
 
 
 def find_mismatch(scores: Sequence[Score], place: Place) -> str:
-    """What the models were measured on that differs between them, in words; nothing: ''.
+    """How the conditions of measurement differ between models, in words; empty: they do not.
 
-    A seed can also choose the split, so models are compared seed by seed, or by their source if none is shared.
+    A seed can also determine the split, so models are compared seed by seed; without shared seeds, by their source.
     """
     first = scores[0].series
     for other in (score.series for score in scores[1:]):
@@ -218,16 +217,16 @@ def find_mismatch(scores: Sequence[Score], place: Place) -> str:
 
 
 def describe_difference(best: Score, second: Score, place: Place) -> str:
-    """The difference of two models, paired by seed and document."""
+    """The difference between two models, paired by seed and document."""
     found = compare(best.series.find_results(place), second.series.find_results(place), (place[0], ""))
     if found is None:
-        return "The difference has no interval: the models share no seed, or were measured on other documents."
+        return "The difference has no interval: the models share no seed, or were measured on different documents."
     value, low, high = found.relative
     said = f"The difference from {second.series.name} is {value:+.1%}"
     many, by = format_plural(found.num_documents, "document"), "document"
     if found.num_seeds > 1:
         many, by = f"{found.num_seeds} seeds and {many}", "seed and document"
-    unmeasured = " It is of one seed, so the spread between seeds is unmeasured." if found.num_seeds == 1 else ""
+    unmeasured = " There is only one seed, so the spread between seeds is unknown." if found.num_seeds == 1 else ""
     if low is None or high is None:
         return f"{said}; {many}: too few for an interval.{unmeasured}"
     return f"{said} [{low:+.1%}, {high:+.1%}] (95% interval over {many}, paired by {by}): {_judge(found)}.{unmeasured}"
@@ -236,9 +235,9 @@ def describe_difference(best: Score, second: Score, place: Place) -> str:
 def _judge(found: Comparison) -> str:
     if not found.is_clear:
         seen = exp_or_inf(found.smallest_visible or 0) - 1
-        return f"chance could explain it, so read it as a tie (a difference of {seen:.1%} would have been seen)"
+        return f"chance could explain it, so read it as a tie (a difference of {seen:.1%} would have been detected)"
     if 1 < found.num_seeds < MIN_CLAIM_SEEDS:
-        return f"more than chance explains, but an indication only: a claim needs {MIN_CLAIM_SEEDS} seeds"
+        return f"more than chance explains, but only an indication: a claim needs {MIN_CLAIM_SEEDS} seeds"
     return "more than chance explains"
 
 

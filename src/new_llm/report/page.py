@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML page of one run or several, and its charts as files beside it."""
+"""The report: a self-contained HTML page for one or several runs, and its charts as separate files."""
 
 import base64
 import functools
@@ -40,21 +40,21 @@ from new_llm.report.tables import summarize
 PAGE_FOLDER = "page"
 FIGURES_FOLDER = "figures"
 FULL_SHADE = 2.0
-"""Nats from which a token's shade grows no stronger."""
-# How a word of a table is shown: a verdict's levels.
+"""A token has full shade from this many nats on."""
+# The colours of words in tables: the levels of a verdict.
 BADGES = {"abnormal": "bad", "suspicious": "warn", "normal": "good", "undertrained": "info", "training": "info"}
 
 
 def write_report(results: dict[str, Any], path: Path) -> None:
-    """Write the page of one run, with the evaluations that lie beside it; what the results lack is left out."""
-    is_done = results.get("status") == "complete"  # a run writes its page after each model; figures only once
+    """Write the page of one run, including later evaluations in its folder; missing results are left out."""
+    is_done = results.get("status") == "complete"  # a run writes its page after each model, but figures only once
     write_page([make_run(results, path.parent)], path, with_figures=is_done)
 
 
 def write_page(runs: Sequence[Run], path: Path, *, with_figures: bool = True) -> None:
-    """Write the page of some runs, and their charts as SVG, PNG and CSV into `figures` beside it.
+    """Write the page of some runs and, into `figures` next to it, their charts as SVG, PNG and CSV.
 
-    The page loads nothing: style, script and charts are inside it. Each file appears whole or not at all.
+    The page loads nothing: style, script and charts are embedded. Each file is written atomically.
     """
     series = group_series(runs)
     if obstacle := figures.find_obstacle():
@@ -66,7 +66,7 @@ def write_page(runs: Sequence[Run], path: Path, *, with_figures: bool = True) ->
 
 
 def draw_charts(series: Sequence[Series]) -> dict[Place, list[Chart]]:
-    """Every chart that the results have numbers for: of each measure and text, of the training, of the memory."""
+    """All charts for which there are results: of each measure and text, of training, and of the memory."""
     places = list_places(series)
     drawn = {place: draw_measure(list_results(series, place), place) for place in places}
     own = {("training", ""): draw_training(series), ("memory", ""): draw_memory(series)}
@@ -77,7 +77,7 @@ def draw_charts(series: Sequence[Series]) -> dict[Place, list[Chart]]:
 def render_page(
     runs: Sequence[Run], series: Sequence[Series], charts: dict[Place, list[Chart]], *, with_figures: bool = True
 ) -> str:
-    """The page's text, with the addresses of its figures' files: the same runs give the same text."""
+    """The page's HTML, with links to its figures' files; deterministic."""
     outcome = describe_outcome(series)
     summary = summarize(series, mark_best=outcome.is_comparable)
     names = [make_line(run.name) for run in runs]
@@ -103,17 +103,17 @@ def render_page(
 
 
 def fill_template(name: str, **values: Any) -> str:
-    """A page's text, to be sent to others: one of the templates with its values, the style and the script."""
+    """Render a template with values, style and script; home folders are hidden, so that the page can be shared."""
     environment, script, style = load_templates()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = environment.get_template(name).render(**values, script=script, style=style, digest=digest)
-    # JSON may hold lone surrogates, which UTF-8 can't.
+    # JSON allows lone surrogates, UTF-8 does not.
     return hide_home(page).encode("utf-8", "replace").decode("utf-8")
 
 
 @functools.cache
 def load_templates() -> tuple[Environment, Markup, Markup]:
-    """What renders the pages, their script and their style: read once, since a run writes its page after each model."""
+    """The template environment, script and style; cached, because a run writes its page after each model."""
     loader = PackageLoader("new_llm.report", PAGE_FOLDER)
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -124,7 +124,7 @@ def load_templates() -> tuple[Environment, Markup, Markup]:
 
 
 def shade(value: float) -> str:
-    """The style of a token that is worth this many nats: its colour gets stronger up to 2 nats."""
+    """The CSS of a token at which the memory gains this many nats; the colour gets stronger up to `FULL_SHADE`."""
     share = min(abs(value) / FULL_SHADE, 1) if math.isfinite(value) else 0
     return f"--share:{share:.2f}"
 
@@ -132,9 +132,9 @@ def shade(value: float) -> str:
 def list_sections(
     series: Sequence[Series], charts: dict[Place, list[Chart]], *, with_figures: bool
 ) -> list[dict[str, Any]]:
-    """The page's parts that have something to show: a measure's, the training's or the memory's.
+    """The page's non-empty sections: one per measure and text, then training and memory.
 
-    Each has a `name`, a `title`, `figures`, `sentences` (model, what was found), and `texts` (model, its passages).
+    Each has a `name`, a `title`, `figures`, `sentences` (model, sentence), and `texts` (view, passages).
     """
     places = {one.name: one.index for one in series}
     sections: list[dict[str, Any]] = []
@@ -156,12 +156,12 @@ def list_sections(
 
 
 def list_shown(charts: Sequence[Chart], places: dict[str, int], *, with_figures: bool) -> list[dict[str, Any]]:
-    """The figures of some charts: those of one title together, between which the page switches.
+    """Group charts into figures: charts with the same title are views of a figure, between which the page switches.
 
-    Each has a `name`, a `title`, a `caption`, and `views`: a chart's `label`, its `svg`, the `other` one, with the
-    y-axis logarithmic in place of linear or the other way round, the address of its numbers (`csv`), which holds them,
-    (kind, address) of its `files` beside the page, and (name, colour, mark) of each series as its `key`. What can't be
-    drawn is left out. `places` are the models' places.
+    Each figure has a `name`, a `title`, a `caption`, and `views`. A view has a `label`; its `svg`; the `other` SVG with
+    a linear instead of a logarithmic y-axis, or vice versa; its numbers as a data URL (`csv`); (kind, address) of its
+    `files` next to the page; and as `key` the (name, colour, mark) of each series. Charts that can't be drawn are left
+    out. `places` are the indices of the models.
     """
     found = []
     for title, same in groupby(charts, lambda chart: chart.title):
@@ -174,7 +174,7 @@ def list_shown(charts: Sequence[Chart], places: dict[str, int], *, with_figures:
 
 
 def _draw_view(chart: Chart, places: dict[str, int], *, with_figures: bool) -> dict[str, Any] | None:
-    try:  # a user's own specification perhaps
+    try:  # may be a user's own specification
         svg, other = (spec and Markup(figures.draw_for_page(chart, spec, places)) for spec in (chart.spec, chart.other))
     except Exception:
         return None
@@ -192,7 +192,7 @@ def _draw_view(chart: Chart, places: dict[str, int], *, with_figures: bool) -> d
     }
 
 
-# Marks of the keys, in a box of 10 by 10, in the order of `charts.SHAPES`.
+# Marks in the keys, in a box of 10 by 10, in the order of `charts.SHAPES`.
 _MARKS = (
     "M5 .5a4.5 4.5 0 1 0 .01 0Z",
     "M1 1h8v8h-8Z",
@@ -205,13 +205,13 @@ _MARKS = (
 
 
 def _draw_mark(place: int) -> tuple[str, Markup]:
-    """The colour, as a variable of the page, and the mark of the series at a place."""
+    """The colour, as a CSS variable, and the mark of the series with this index."""
     color, path = f"var(--series-{place % len(PALETTE)})", _MARKS[place % len(_MARKS)]
     return color, Markup(f'<svg viewBox="0 0 10 10" aria-hidden="true"><path d="{path}" fill="currentColor"/></svg>')
 
 
 def list_facts(runs: Sequence[Run]) -> list[str]:
-    """What stands under the title: when, where the text is from, where it ran, the seeds."""
+    """The facts under the title: time, source of the text, device and precision, seeds."""
 
     def collect(*keys: str) -> str:
         found = [get_value(run.results, *keys) for run in runs]
@@ -230,7 +230,7 @@ def list_facts(runs: Sequence[Run]) -> list[str]:
 
 
 def describe_origin(run: Run) -> dict[str, Any]:
-    """What it takes to make the run again."""
+    """What is needed to repeat the run: command, code, notes, data, environment and configuration."""
     results = run.results
     data = results.get("data") or {}
     known = {key: value for key, value in data.items() if key != "notes"}
@@ -242,7 +242,7 @@ def describe_origin(run: Run) -> dict[str, Any]:
     return {
         "name": run.name,
         "command": make_line(results.get("command") or ""),
-        "code": make_line(f"{code}, with changes that were not committed" if is_dirty else code),
+        "code": make_line(f"{code}, with uncommitted changes" if is_dirty else code),
         "notes": [make_line(note) for note in (*results.get("notes", ()), *data.get("notes", ()), *run.notes)],
         "records": {
             title: make_printable(yaml.safe_dump(record, sort_keys=False, allow_unicode=True))

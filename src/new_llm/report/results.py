@@ -1,7 +1,7 @@
-"""Reading runs: results.json, and the evaluations made of their models since. Any part may be missing; one of another
-form ends the reading (`refuse_other_forms`).
+"""Read runs (results.json and later evaluations), and group their models into the series of a report.
 
-Then the models of a report: those of which runs are one (trained with several seeds), and what measures say of them.
+Any part of a file may be missing; a part of unexpected form is an error (`refuse_other_forms`). Models that differ only
+in their seed form one series.
 """
 
 import json
@@ -28,11 +28,11 @@ from new_llm.evaluation.statistics import Comparison, DocumentLosses, compare_mo
 from new_llm.formats import MISSING, format_number
 
 OWN_TEXT = "validation documents"
-"""What the text is called that a run measures its models on."""
+"""The name of the text on which a run measures its own models."""
 
 
 def load_results(path: Path) -> dict[str, Any]:
-    """Read a results.json, or that of a run folder; any part but `schema_version` may be missing.
+    """Read a results.json or a run folder's; any part except `schema_version` may be missing.
 
     Raises:
         UserError: the file is missing, not a JSON mapping, of another schema version, or its models are not a list.
@@ -50,7 +50,7 @@ def load_results(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Measured:
-    """One model measured once, on a text; without a command by its own run."""
+    """One measurement of a model on a text; if it has no command, the run itself made it."""
 
     measure: str
     model: str
@@ -63,7 +63,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Run:
-    """One run's results, the evaluations made since (oldest first), and notes on unreadable files."""
+    """One run's results, later evaluations (oldest first), and notes on what could not be read."""
 
     results: dict[str, Any]
     evaluations: tuple[Measured, ...] = ()
@@ -76,7 +76,7 @@ class Run:
 
     @property
     def entries(self) -> list[dict[str, Any]]:
-        """The models that have an entry in the results."""
+        """The entries of the models in the results."""
         return self.results.get("models") or []
 
 
@@ -86,24 +86,25 @@ def name_model(entry: dict[str, Any]) -> str:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read some runs, each a folder or its results.json, and each once."""
+    """Read runs, each given as a folder or a results.json; duplicates are an error."""
     files = [path / "results.json" if path.is_dir() else path for path in paths]
     for index, file in enumerate(files):
         if any(file.resolve() == other.resolve() for other in files[:index]):
-            raise UserError(f"{paths[index]}: this run is given twice; each run is compared once")
+            raise UserError(f"{paths[index]}: this run is given twice")
     return [make_run(load_results(file), file.parent) for file in files]
 
 
 def make_run(results: dict[str, Any], folder: Path | None = None) -> Run:
-    """Results, with the evaluations that lie in the run's folder."""
-    # One form, however the results were made: lists for tuples, text for what JSON has no form for, null for NaN.
+    """A run from its results, with the later evaluations in its folder."""
+    # Normalise results that were not read from a file: lists for tuples, strings for other objects, null for NaN.
     results = json.loads(json.dumps(results, default=str), parse_constant=lambda _: None)
     evaluations, notes = read_evaluations(folder / EVALUATIONS_FOLDER) if folder else ([], [])
     loaded = {f"{type(one).__module__}:{type(one).__qualname__}" for one in MEASURES.values()}
     for name in get_value(results, "config", "eval", "measures") or ():
         if is_user_name(name) and name not in loaded:
             notes.append(
-                f"Figures of {make_line(name)} are left out: code that a file names is not loaded; --measures is."
+                f"Figures of {make_line(name)} are left out: code named only in a run's files is not loaded; use "
+                "--measures."
             )
     run = Run(results, tuple(evaluations))
     for entry in run.entries:
@@ -112,7 +113,7 @@ def make_run(results: dict[str, Any], folder: Path | None = None) -> Run:
         for name, result in (entry.get("evaluation") or {}).items():
             try:
                 MEASURES[name].columns(result)
-            except Exception as error:  # a measure of a user's own; of others' files nothing is known
+            except Exception as error:  # report it for a user's own measure; unknown results are just left out
                 if told := describe_own_error(error):
                     notes.append(make_line(f"{name_model(entry)}: columns of {name} are left out: {told}"))
     return replace(run, notes=tuple(notes))
@@ -120,7 +121,7 @@ def make_run(results: dict[str, Any], folder: Path | None = None) -> Run:
 
 @contextmanager
 def refuse_other_forms(runs: Sequence[Path]) -> Iterator[None]:
-    """Around the report of files from elsewhere: what is not of a result's form is a `UserError` of one line."""
+    """While reporting on these runs: turn errors due to unexpected content of their files into a `UserError`."""
     try:
         yield
     except UserError:
@@ -131,7 +132,7 @@ def refuse_other_forms(runs: Sequence[Path]) -> Iterator[None]:
 
 
 def read_evaluations(folder: Path) -> tuple[list[Measured], list[str]]:
-    """The evaluations in a folder, oldest first, and what could not be read."""
+    """The evaluations in a folder, oldest first, and notes on those that could not be read."""
     found: list[Measured] = []
     notes: list[str] = []
     for file in sorted(folder.glob("*.json")) if folder.is_dir() else ():
@@ -140,8 +141,8 @@ def read_evaluations(folder: Path) -> tuple[list[Measured], list[str]]:
             if record["record_version"] != RECORD_VERSION:
                 raise ValueError(record["record_version"])
             source = get_value(record, "text", "source")
-            measured = Measured(
-                measure=make_line(record["result"].get("protocol") or record["kind"]),  # one kind has several protocols
+            measured = Measured(  # of a kind with several protocols, each is a measure
+                measure=make_line(record["result"].get("protocol") or record["kind"]),
                 model=make_line(record["subject"].get("model") or ""),
                 text=OWN_TEXT if source is None else make_line(Path(source).name),
                 result=record["result"],
@@ -158,14 +159,14 @@ def read_evaluations(folder: Path) -> tuple[list[Measured], list[str]]:
 
 
 def get_value(entry: Any, *keys: str) -> Any:
-    """Follow keys through nested mappings; None where one is missing."""
+    """Follow keys through nested mappings; None if one is missing."""
     for key in keys:
         entry = None if entry is None else entry.get(key)
     return entry
 
 
 def get_gates(entry: dict[str, Any]) -> dict[str, list[float]]:
-    """The gates of each layer's heads, from a model's entry or a line of its steps log; without those that are null."""
+    """The gates of each layer's heads, from a model's entry or a line of its steps log; nulls are left out."""
     layers = (entry.get("gates") or {}).items()
     found = {make_line(layer): [gate for gate in gates if gate is not None] for layer, gates in layers}
     return {layer: gates for layer, gates in found.items() if gates}
@@ -175,8 +176,8 @@ def get_gates(entry: dict[str, Any]) -> dict[str, list[float]]:
 
 
 Place = tuple[str, str]
-"""A measure's name, and the text that was measured."""
-# Settings that make no other model.
+"""The name of a measure, and the text on which it was made."""
+# Settings that do not make a different model.
 INCIDENTAL = {"name", "models", "seed", "device", "runs_dir", "out", "data.cache_dir", "model.recipe"}
 
 
@@ -194,7 +195,7 @@ class Member:
 
     @cached_property
     def measured(self) -> dict[Place, Measured]:
-        """What was measured of it; the newest of each, and no partial measurement."""
+        """The newest complete measurement by each measure on each text."""
         own, model = self.entry.get("evaluation") or {}, name_model(self.entry)
         found = [Measured(name, model, OWN_TEXT, result) for name, result in own.items() if result]
         found += [one for one in self.run.evaluations if one.model == model and one.is_complete]
@@ -203,7 +204,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Series:
-    """One model of the report: its members differ by their seeds alone."""
+    """One model of the report; its members differ only in their seeds."""
 
     index: int
     name: str
@@ -211,24 +212,24 @@ class Series:
     members: tuple[Member, ...]
 
     def find_results(self, place: Place) -> dict[Any, dict[str, Any]]:
-        """What a measure found on a text, by seed."""
+        """The results of a measure on a text, by seed."""
         found = {member.seed: member.measured.get(place) for member in self.members}
         return {seed: measured.result for seed, measured in found.items() if measured is not None}
 
 
 def compute_mean(values: Sequence[float]) -> float:
-    """The mean of at least one finite number; huge ones don't overflow."""
+    """The mean of at least one finite number, without overflow."""
     return math.fsum(value / len(values) for value in values)
 
 
 def compute_spread(values: Sequence[float]) -> float:
-    """The standard deviation of at least two finite numbers; not finite where a float can't hold it."""
+    """The standard deviation of at least two finite numbers; may overflow to infinity."""
     with np.errstate(all="ignore"):
         return float(np.std(values, ddof=1))
 
 
 def group_series(runs: Sequence[Run]) -> list[Series]:
-    """The models of all runs, those that differ by their seed alone together, in the order they are met."""
+    """Group the models of all runs that differ only in their seed, in order of appearance."""
     groups: list[tuple[str, dict[str, Any], list[Member]]] = []  # (type, settings, members)
     for run in runs:
         for entry in run.entries:
@@ -241,7 +242,7 @@ def group_series(runs: Sequence[Run]) -> list[Series]:
             else:
                 groups.append((name, settings, [member]))
     types, names = [model_type for model_type, *_ in groups], list[str]()
-    for model_type, _, members in groups:  # a name of its own for each: its type, its run's name, a number if need be
+    for model_type, _, members in groups:  # unique names: the type, and if necessary the run's name and a number
         base = f"{model_type}, {members[0].run.name}" if types.count(model_type) > 1 else model_type
         numbered = (base if number == 1 else f"{base} ({number})" for number in count(1))
         names.append(next(name for name in numbered if name not in names))
@@ -249,7 +250,7 @@ def group_series(runs: Sequence[Run]) -> list[Series]:
 
 
 def describe_settings(run: Run, entry: dict[str, Any]) -> dict[str, Any]:
-    """The settings that make this model, by their dotted names; options of its run's other models are left out."""
+    """The settings that define a model, by dotted name, without options that only other models of its run have."""
     taken = flatten_settings({"model": entry.get("options")})
     all_options = {key for other in run.entries for key in flatten_settings({"model": other.get("options")})}
     settings = flatten_settings(run.results.get("config"))
@@ -258,7 +259,7 @@ def describe_settings(run: Run, entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def say_setting(value: Any) -> str:
-    """A setting's value in a table."""
+    """A setting's value as text in a table."""
     if value is None:
         return MISSING
     if isinstance(value, list):
@@ -269,17 +270,17 @@ def say_setting(value: Any) -> str:
 
 
 def list_differences(series: Sequence[Series]) -> list[tuple[str, list[str]]]:
-    """(setting, its value for each model) of the settings in which models differ; a dash: it has none."""
+    """(setting, value for each model) for each setting in which models differ; a dash if a model does not have it."""
     rows = {key: [one.settings.get(key) for one in series] for every in series for key in every.settings}
     differing = [(key, values) for key, values in rows.items() if any(value != values[0] for value in values)]
     return [(key, [say_setting(value) for value in values]) for key, values in differing]
 
 
-# What measures say of them
+# Their results
 
 
 def list_places(series: Sequence[Series]) -> list[Place]:
-    """What was measured of at least one model: the run's own text first, then in the order of the fullest results."""
+    """The measures and texts of all results: the run's own text first, then in the order of the longest results."""
     measured = [member.measured for one in series for member in one.members]
     found = dict.fromkeys(place for one in sorted(measured, key=len, reverse=True) for place in one)
     texts = sorted({text for _, text in found}, key=lambda text: (text != OWN_TEXT, text))
@@ -287,30 +288,30 @@ def list_places(series: Sequence[Series]) -> list[Place]:
 
 
 def list_results(series: Sequence[Series], place: Place) -> list[ModelResult]:
-    """What a measure found on a text: a result for each model and seed, those of one model under one name."""
+    """The results of a measure on a text, one per model and seed; those of one model have the same name."""
     return [ModelResult(one.name, result) for one in series for result in one.find_results(place).values()]
 
 
 def name_section(title: str, place: Place) -> str:
-    """A heading over what a measure found on a text, whose name it adds unless it is the run's own."""
+    """The heading of a measure's results on a text; names the text unless it is the run's own."""
     return title[:1].upper() + title[1:] + ("" if place[1] == OWN_TEXT else f": {place[1]}")
 
 
 def write_value(column: Column, value: float) -> str:
-    """A number as its column writes it; what no format can write, plainly."""
+    """A number in its column's format; plain if that fails or the number is not finite."""
     try:
         return make_line(column.format(value)) if math.isfinite(value) else format_number(value)
-    except Exception:  # a format of a user's own
+    except Exception:  # a user's own format
         return format_number(value)
 
 
 def describe(measure: str, result: dict[str, Any]) -> str:
-    """A measure's result in a sentence; empty where there is none."""
+    """A measure's result in a sentence; empty if it has none."""
     return make_line(ask_measure(measure, "describe", result, ""))
 
 
 def draw_measure(results: Sequence[ModelResult], place: Place) -> list[Chart]:
-    """The measure's charts, without the results that it can't draw."""
+    """A measure's charts, without results that it can't draw."""
     drawn = ask_measure(place[0], "charts", results, [])
     readable = [result for result in results if not drawn and ask_measure(place[0], "charts", [result], [])]
     return drawn or ask_measure(place[0], "charts", readable, [])
@@ -319,13 +320,13 @@ def draw_measure(results: Sequence[ModelResult], place: Place) -> list[Chart]:
 def compare(
     one: Mapping[Any, Any], other: Mapping[Any, Any], of: tuple[str, str], against: tuple[str, str] | None = None
 ) -> Comparison | None:
-    """Two models, paired by seed and document; None where they were not measured on the same documents.
+    """Compare two models, paired by seed and document; None if they were not measured on the same documents.
 
     Args:
-        one: a measure's results by seed.
+        one: one model's results by seed.
         other: the other model's.
-        of: the measure, and the way of reading it by which the one model is compared.
-        against: those of the other one; None: the same.
+        of: the measure and the way of reading whose losses are compared.
+        against: the same for the other model; None: as `of`.
     """
 
     def read(results: Mapping[Any, Any], measure: str, way: str) -> dict[Any, DocumentLosses]:
@@ -336,6 +337,6 @@ def compare(
 
 
 def list_unknown(series: Sequence[Series]) -> list[str]:
-    """Measures that results name and this program doesn't know."""
+    """Measures in the results that this version does not know."""
     names = {name for one in series for member in one.members for name, _ in member.measured}
     return sorted(make_line(name) for name in names if name not in MEASURES)

@@ -1,4 +1,4 @@
-"""The page of a study: what is gained at which cost, the measures' charts, and all tables, in one HTML file."""
+"""The page of a study: results by cost, the measures' charts, and all tables, in one HTML file."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -30,10 +30,10 @@ STUDY_PAGE = "study.html"
 def write_study_page(
     summary: Mapping[str, Any], found: Mapping[str, Sequence[Run]], folder: Path, *, with_figures: bool = True
 ) -> None:
-    """Write the page of a study's summary and finished runs into its folder.
+    """Write a study's page into its folder, from its summary and finished runs.
 
     Args:
-        with_figures: write each chart as SVG, PNG and CSV as well, which takes longer than the page.
+        with_figures: also write each chart as SVG, PNG and CSV, which takes longer than the page.
     """
     charts = list(name_apart([*draw_against_cost(summary), *draw_checkpoints(summary), *draw_measures(found)]))
     write_text_atomically(folder / STUDY_PAGE, render_study(summary, charts, with_figures=with_figures))
@@ -42,7 +42,7 @@ def write_study_page(
 
 
 def render_study(summary: Mapping[str, Any], charts: Sequence[Chart], *, with_figures: bool) -> str:
-    """The page's text."""
+    """The page's HTML."""
     places = {name: place for place, name in enumerate(summary["variants"])}
     return fill_template(
         STUDY_PAGE,
@@ -59,21 +59,21 @@ ENDS = ("mean", "low", "high")
 
 
 def draw_against_cost(summary: Mapping[str, Any]) -> list[Chart]:
-    """Bits per byte against what they cost, a point a variant with its interval: state, memory, processor seconds.
+    """Bits per byte over cost (state, memory, processor seconds), one point per variant, with its interval.
 
-    Caches that were measured around a model are shown next to it, each with the bytes that it stores: a memory has to
-    beat them. Caches of n-grams are shown for the reference and baselines alone.
+    Caches that were added to a model are shown as well, with the bytes that they store: a memory has to beat them.
+    Caches of n-grams are shown only for the reference and the baselines.
     """
     metrics = [metric for some in summary["tables"].values() for metric in some if metric.endswith(BITS_PER_BYTE)]
     caption = (
-        "A point is the mean over a variant's seeds, the line its 95% interval (Student's t; none of two seeds). State "
-        "is the most that a stream of one row keeps to read on, memory what it carries from segment to segment (models "
-        "without are left out); processor seconds are those of training, without evaluation."
+        "A point is the mean over a variant's seeds, a line its 95% interval (Student's t; none for two seeds). State "
+        "is the most that a stream of one row has to keep in order to continue; memory is what it carries from segment "
+        "to segment (models without memory are left out); processor seconds are those of training, without evaluation."
     )
     with_caches = (
-        " Small points are a model with an untrained cache around it: what the cache is worth on long documents, taken "
-        "from the model's own figure (of one seed, with its interval over documents). A cache adds what it stores to "
-        "state and memory, N states and the tokens after them, and for n-grams the tokens of the longest document."
+        " Small points are models with an untrained cache: the cache's gain on long documents, subtracted from the "
+        "model's own figure (for one seed, with its interval over documents). A cache adds what it stores to state and "
+        "memory: N states and the tokens after them, and for n-grams the tokens of the longest document."
     )
     charts, with_points = [], {summary["reference"], *summary["baselines"]}
     for cost in (STATE, MEMORY, CPU_SECONDS):
@@ -94,32 +94,33 @@ def draw_against_cost(summary: Mapping[str, Any]) -> list[Chart]:
             axes |= {"low": "low", "high": "high", "x_title": cost, "y_title": metric, "x_log": cost != CPU_SECONDS}
             said = caption + with_caches if any("around" in row for row in rows) else caption
             charts.append(
-                point_chart(f"{metric} by {cost}", f"What is gained by {cost}", said, rows, **axes, view=metric)
+                point_chart(f"{metric} by {cost}", f"Bits per byte by {cost}", said, rows, **axes, view=metric)
             )
     return [chart for chart in charts if chart.spec["data"]["values"]]
 
 
 def draw_checkpoints(summary: Mapping[str, Any]) -> list[Chart]:
-    """How each difference from the reference moves with training, a view each."""
+    """Each difference from the reference during training, one view each."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for name, stages in summary["checkpoints"].items():
         for stage in stages:
             for key, found in stage["comparisons"].items():
-                if " from " in key:  # a range of distance: in study.json
+                if " from " in key:  # a range of distance, which only study.json shows
                     continue
                 ends = {end: found[end] for end in ("nats", "low", "high")}
                 rows.setdefault(key, []).append({"variant": name, "tokens": stage["tokens"], **ends})
     caption = (
-        f"Nats per token below (better) or above {summary['reference']}, paired by seed and document, as it trains."
+        f"Nats per token below (better) or above {summary['reference']} after equal training, paired by seed and "
+        "document."
     )
     axes: dict[str, Any] = {"x": "tokens", "y": "nats", "series": "variant", "low": "low", "high": "high"}
     axes |= {"x_title": "training tokens", "y_title": "nats per token", "reference": 0.0}
-    title = "Differences along the training"
+    title = "Differences during training"
     return [line_chart(f"along-{key}", title, caption, some, **axes, view=key) for key, some in rows.items()]
 
 
 def draw_measures(found: Mapping[str, Sequence[Run]]) -> list[Chart]:
-    """The charts of each measure on each text, seeds of a variant averaged."""
+    """The charts of each measure on each text; a variant's seeds are averaged."""
     results: dict[tuple[str, str], list[ModelResult]] = {}
     for variant, runs in found.items():
         for run in runs:
@@ -129,7 +130,7 @@ def draw_measures(found: Mapping[str, Sequence[Run]]) -> list[Chart]:
     charts = []
     for (what, measure), some in results.items():
         for chart in draw_measure(some, (measure, what)):
-            # Of several texts the charts of one measure have one name.
+            # Charts of one measure on several texts have the same name.
             name = chart.name if what == measure else f"{what}-{chart.name}"
             charts.append(dataclasses.replace(chart, name=name))
     return charts

@@ -1,4 +1,4 @@
-"""The summary of an experiment: a row per model, a column a figure, for the console and for the page alike."""
+"""The summary of an experiment, with a row per model and a column per figure, for both console and page."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,7 +46,8 @@ GAP = 2  # blanks between columns of the console's tables
 class Cell:
     """One figure of one model.
 
-    `hint` is the exact value, the interval, the seeds; rows are sorted by `value` (None: a word, or nothing).
+    `hint` has details: the exact value, the interval, the values by seed. Rows are sorted by `value`; None for words
+    and empty cells.
     """
 
     text: str
@@ -56,18 +57,18 @@ class Cell:
 
 
 Heading = tuple[str, str]
-"""The heading that a column shares with its neighbours, and its own."""
+"""The heading of a column's group, and the column's own."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The table: `rows` are a model's name, its place among the models, and a cell for each heading."""
+    """The table; each of `rows` has a model's name, its index among the models, and a cell for each heading."""
 
     headings: list[Heading]
     rows: list[tuple[str, int, list[Cell]]]
 
 
-# What a model is and what its training cost: group, title, where it is in a model's entry, how it reads.
+# A model's size and training cost: group, title, keys in the model's entry, format.
 FACTS: tuple[tuple[str, str, tuple[str, ...], Callable[[float | None], str]], ...] = (
     ("Model", "context, tokens", ("context_tokens",), format_count),
     ("Model", "parameters", ("num_parameters", "total"), format_short),
@@ -84,7 +85,7 @@ FACTS: tuple[tuple[str, str, tuple[str, ...], Callable[[float | None], str]], ..
 
 
 def list_facts(member: Member) -> list[Column]:
-    """What is known of one trained model beside what was measured; its exact number is the hint."""
+    """A trained model's size and cost as columns, with the exact number as the hint."""
     return [
         Column(title, title, value, write, group=group, hint=format_count(value))
         for group, title, keys, write in FACTS
@@ -93,7 +94,7 @@ def list_facts(member: Member) -> list[Column]:
 
 
 def list_measured_columns(place: Place, result: dict[str, Any]) -> list[Column]:
-    """A measure's columns of one result, each with the heading that it stands under."""
+    """A measure's columns for one result, each with its group's heading."""
     columns: list[Column] = []
     for column in ask_measure(place[0], "columns", result, []):
         group = make_line(column.group or MEASURES[place[0]].title)
@@ -102,9 +103,9 @@ def list_measured_columns(place: Place, result: dict[str, Any]) -> list[Column]:
 
 
 def summarize(series: Sequence[Series], *, mark_best: bool = True) -> Summary:
-    """What is known of the models: their size, what was measured of them, what their training cost.
+    """Summarise the models: their size, the results of measures, and the cost of training.
 
-    The best of a column is marked if the models were measured on the same text.
+    `mark_best`: mark the best value of each column; only sensible if all models were measured on the same text.
     """
     facts = _collect([[list_facts(member) for member in one.members] for one in series])
     columns = [found for found in facts if found[0][0] == "Model"]
@@ -114,7 +115,7 @@ def summarize(series: Sequence[Series], *, mark_best: bool = True) -> Summary:
         columns += _collect(listed, mark_best=mark_best)
     columns += [found for found in facts if found[0][0] != "Model"]
     groups = list(dict.fromkeys(heading[0] for heading, _ in columns))
-    columns.sort(key=lambda one: groups.index(one[0][0]))  # those of one group side by side
+    columns.sort(key=lambda one: groups.index(one[0][0]))  # keep the columns of a group together
     known = [(heading, cells) for heading, cells in columns if any(cell.text != MISSING for cell in cells)]
     rows = [(one.name, one.index, [cells[place] for _, cells in known]) for place, one in enumerate(series)]
     return Summary([heading for heading, _ in known], rows)
@@ -123,7 +124,7 @@ def summarize(series: Sequence[Series], *, mark_best: bool = True) -> Summary:
 def _collect(
     listed: Sequence[Sequence[Sequence[Column]]], *, mark_best: bool = False, has_intervals: bool = False
 ) -> list[tuple[Heading, list[Cell]]]:
-    """Each column's cells, a model each, of the columns that its members have."""
+    """The heading and the cells (one per model) of each column that any model has."""
     by_key: dict[str, list[list[Column]]] = {}
     for place, members in enumerate(listed):
         for column in (column for columns in members for column in columns):
@@ -141,7 +142,8 @@ def _collect(
 
 
 def _make_cell(columns: Sequence[Column], *, has_intervals: bool) -> Cell:
-    """One model's figure: of several seeds their mean with its standard deviation; of one, perhaps its interval."""
+    """One model's cell: for several seeds their mean, with values and standard deviation as the hint; for one seed its
+    value, perhaps with its interval."""
     if not columns:
         return Cell(MISSING)
     first, hint = columns[0], make_line(columns[0].hint)
@@ -162,7 +164,7 @@ def _make_cell(columns: Sequence[Column], *, has_intervals: bool) -> Cell:
 
 
 class SummaryTable:
-    """What rich prints of a run: its summary in tables as wide as the console, and what they say."""
+    """A run's summary for rich: tables that fit the console, and a sentence that sums them up."""
 
     def __init__(self, results: dict[str, Any]) -> None:
         self.run = make_run(results)
@@ -177,11 +179,11 @@ class SummaryTable:
 
 
 class ColumnTable:
-    """What rich prints of some measures' columns: a row for each name, with their intervals."""
+    """A table of measures' columns for rich, with a row for each name, and with intervals."""
 
     @classmethod
     def of_words(cls, rows: Sequence[tuple[str, Mapping[str, str]]]) -> Self:
-        """Rows of words by their headings."""
+        """A table of words, each row given by its headings."""
         return cls([(name, [Column(title, title, words) for title, words in row.items()]) for name, row in rows])
 
     def __init__(self, rows: Sequence[tuple[str, Sequence[Column]]]) -> None:
@@ -194,10 +196,10 @@ class ColumnTable:
 
 
 def make_tables(summary: Summary, width: int) -> Iterator[Padding]:
-    """The summary as tables of at most this many characters, except for words and figures that are longer.
+    """Split a summary into tables at most `width` characters wide, unless a single word or figure is longer.
 
-    No word is cut: headings and names break between words, and columns for which there is no room go into further
-    tables below the first, those of one group together where they fit a table.
+    No word is cut: headings and names wrap between words, and columns that do not fit go into further tables below.
+    Columns of a group stay together if they fit into one table.
     """
     names = [name for name, _, _ in summary.rows]
     name_width = min(max(map(cell_len, names), default=0), max(_longest_word(*names), width // 3))
@@ -222,9 +224,9 @@ def make_tables(summary: Summary, width: int) -> Iterator[Padding]:
 
 
 def _make_table(summary: Summary, columns: Sequence[int], name_width: int, widths: Sequence[int]) -> Padding:
-    """Some of the columns side by side; a group's heading stands above its first column."""
+    """A table of some of the columns; a group's heading is above its first column."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
-    table.width = name_width + sum(GAP + widths[place] for place in columns)  # wider than the console if it must
+    table.width = name_width + sum(GAP + widths[place] for place in columns)  # may exceed the console's width
     table.add_column(width=name_width)
     shared = ""
     for place in columns:

@@ -1,6 +1,6 @@
 "use strict";
-// What the page can do beyond its text and charts: themes, sorted tables, series shown or hidden, views and scales of a figure.
-// Without this script tables and charts stay.
+// Interactive parts of the page: themes, sorting of tables, hiding of series, views and scales of figures.
+// Tables and charts are readable without this script.
 (() => {
   const find = (selector, from = document) => [...from.querySelectorAll(selector)];
   const makeButton = (attributes, ...content) => {
@@ -10,7 +10,7 @@
     return button;
   };
 
-  // Themes: the system's until the reader chooses.
+  // Themes: the system's, until the reader chooses one.
   const theme = document.getElementById("the_theme");
   const prefersDark = matchMedia("(prefers-color-scheme: dark)");
   const isDark = () => (document.documentElement.dataset.theme || (prefersDark.matches ? "dark" : "light")) === "dark";
@@ -20,7 +20,7 @@
   prefersDark.addEventListener("change", nameTheme);
   nameTheme();
 
-  // Tables: a click or Enter on a heading sorts by it, again turns the order; what has no value comes last.
+  // Tables: a click or Enter on a heading sorts by it, a second one reverses the order; cells without value come last.
   const compare = (a, b) => typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true });
   for (const table of find("table.sortable")) {
     const heads = find("tr.heads > th", table);
@@ -47,7 +47,7 @@
     });
   }
 
-  // Keys: a name shows or hides its series in all views of the figure; its marks are those of its colour in the view.
+  // Keys: a click on a name shows or hides its series in all views of the figure; marks are found by their colour.
   for (const item of find(".key li")) {
     const button = makeButton({ "aria-pressed": "true", title: "show or hide" }, ...item.childNodes);
     item.append(button);
@@ -63,7 +63,7 @@
     });
   }
 
-  // Views: figures that have a view of the same name change together.
+  // Views: figures that have views of the same name switch together.
   find(".switches").forEach((group) => { group.hidden = false; });
   for (const group of find(".switch")) {
     group.addEventListener("click", (event) => {
@@ -77,7 +77,7 @@
     });
   }
 
-  // Scales: a figure's views change between a linear and a logarithmic axis.
+  // Scales: switch a figure's views between a linear and a logarithmic y-axis.
   for (const button of find(".scale")) {
     button.addEventListener("click", () => {
       button.setAttribute("aria-pressed", String(button.getAttribute("aria-pressed") === "false"));
