@@ -21,19 +21,19 @@ $(VENV)/.dev: $(VENV)/.runtime
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.runtime
-	@echo "Installing what builds the documentation into $(VENV)"
+	@echo "Installing the documentation tools into $(VENV)"
 	@$(PIP) --editable '.[docs]'
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.runtime
-	@echo "Installing what is measured beside New-LLM into $(VENV)"
+	@echo "Installing the packages that benchmarks compare with into $(VENV)"
 	@$(PIP) --editable '.[bench]'
 	@touch $@
 
 demo: setup
 	$(BIN)/new-llm experiment --config quick
 
-# Two processes that deal the tests among them; `make test JOBS=8` where there are more cores.
+# Runs in two processes; `make test JOBS=8` on a machine with more cores.
 JOBS ?= 2
 test: dev
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
@@ -51,15 +51,15 @@ format: dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The GPU check, small, on the CPU.
+# A small version of the GPU check, on the CPU.
 rehearse: dev
 	$(BIN)/python -m pytest -m slow tests/benchmarks/test_benchmark_programs.py -k rehearsal
 
-# Hours; `make bench BENCH="--only generation"` or `BENCH=--quick` for less. Writes docs/benchmarks/measured.md.
+# Takes hours; `make bench BENCH="--only generation"` or `BENCH=--quick` for less. Writes docs/benchmarks/measured.md.
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/all.py $(BENCH)
 
-# site/index.html; a warning, and so a dead link or a name that is gone, ends it.
+# Writes site/index.html; fails on any warning, such as a dead link or a missing name.
 docs: $(VENV)/.docs
 	$(BIN)/zensical build --clean --strict
 

@@ -1,9 +1,9 @@
-"""Every benchmark, one after the other, and a page of their tables: what `make bench` runs.
+"""Run all benchmarks one after the other, and write a page of their tables; this is what `make bench` does.
 
     python benchmarks/all.py [--quick] [--only training peers ...] [--skip ...] [--page docs/benchmarks/measured.md]
 
-Hours at its full length. Each program runs in a process of its own; a program that fails is named on the page, and the
-others run on. The page says when, on which machine and beside how much other work it was measured.
+The full run takes hours. Each program runs in its own process; if one fails, the page says so, and the others continue.
+The page gives the date, the machine and its load.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 PAGE = FOLDER.parent / "docs" / "benchmarks" / "measured.md"
-PROGRAMS = {  # arguments of a quick run, in which figures mean nothing
+PROGRAMS = {  # with the arguments of a quick run, whose figures mean nothing
     "training": ["--quick"],
     "peers": ["--quick"],
     "generation": ["--quick"],
@@ -33,7 +33,7 @@ PROGRAMS = {  # arguments of a quick run, in which figures mean nothing
 
 
 def describe_machine() -> list[str]:
-    """What the figures depend on, in lines."""
+    """The machine and the versions, as lines of Markdown."""
     import torch
     import transformers
 
@@ -47,12 +47,12 @@ def describe_machine() -> list[str]:
         f"- Processor: {processor}, {os.cpu_count()} cores{', AVX-512 bf16' if has_bf16 else ''}; GPU: {gpu}.",
         f"- {platform.system()} {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}.",
-        f"- Processes that wanted a core when it began (load): {os.getloadavg()[0]:.1f}.",
+        f"- Load average at the start: {os.getloadavg()[0]:.1f}.",
     ]
 
 
 def run_child(program: str, output: Path, arguments: list[str]) -> None:
-    """Run a program in this process, and write what it prints, tables as Markdown, to a file."""
+    """Run a program in this process, and write its output to a file, with tables as Markdown."""
     import runpy
 
     from rich.console import Console
@@ -101,10 +101,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(PROGRAMS), default=list(PROGRAMS))
     parser.add_argument("--skip", nargs="+", choices=list(PROGRAMS), default=[])
-    parser.add_argument("--quick", action="store_true", help="tiny, to see that the programs run; figures mean nothing")
+    parser.add_argument("--quick", action="store_true", help="tiny runs to test the programs; figures mean nothing")
     parser.add_argument("--page", type=Path, default=PAGE)
     arguments = parser.parse_args()
-    page = ["# Measured", "", "Written by `make bench`; [Benchmarks](../benchmarks.md) says what it means.", ""]
+    page = ["# Measured", "", "Written by `make bench`; see [Benchmarks](../benchmarks.md) for what it means.", ""]
     page += [*describe_machine(), ""]
     if arguments.quick:
         page += ["A QUICK RUN: these figures mean nothing.", ""]

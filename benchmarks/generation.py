@@ -1,11 +1,11 @@
-"""Decoding speed: against Hugging Face's `generate` at one context, and after many tokens.
+"""Decoding speed, compared with Hugging Face's `generate` at one context length, and after many tokens.
 
     python benchmarks/generation.py [--context 1024] [--tokens 128] [--rounds 5] [--long-tokens 100000] [--threads 2]
 
-One text, greedy. A model's time a token is that of `tokens` more new tokens in one call; models take turns in every
-round, each in a process of its own, and medians are what to read. On a GPU Hugging Face's also decodes with a static
-cache, for which `generate` compiles its step. The long part lets one small model go on to the end of `long-tokens`,
-and then times it there in turns with the same model near its beginning.
+One text, greedy. A model's time per token comes from a call that generates `tokens` more tokens than another. In every
+round the models take turns, each in its own process; read the medians. On a GPU, Hugging Face's model also decodes with
+a static cache, for which `generate` compiles its step. The second part lets a small model generate `long-tokens`
+tokens, and then times it there, in turns with the same model near its beginning.
 """
 
 import argparse
@@ -39,7 +39,7 @@ LONG_VOCAB, LONG_SEGMENT, EARLY_TOKENS, BLOCK_TOKENS = 8192, 64, 1000, 200
 
 
 def check_same_tokens(console: Console, job: Job) -> None:
-    """Whether ours and Hugging Face's make the same 16 tokens in float32 with the same weights."""
+    """Check whether our model and Hugging Face's generate the same 16 tokens in float32 with the same weights."""
     device = choose_device(job.device)
     text = load_batch(job, device)
     theirs, ours = make_model(replace(job, model=HUGGING_FACE)), make_model(job)
@@ -81,7 +81,7 @@ def bench_against_hugging_face(console: Console, arguments: argparse.Namespace) 
 
 @torch.no_grad()
 def bench_quality(console: Console, run: Path) -> None:
-    """Perplexity of a run's models on embedded text, and what bfloat16 changes."""
+    """Perplexity of a run's models on the bundled text, and its change in bfloat16."""
     table = Table(title=f"perplexity of {run.name}'s models, {QUALITY_TOKENS:,} tokens of embedded text")
     for column in ("model", "float32", "bf16"):
         table.add_column(column, justify="left" if column == "model" else "right")
@@ -97,13 +97,13 @@ def bench_quality(console: Console, run: Path) -> None:
 
 
 def begin_run(model: TransformerLM, num_tokens: int) -> Iterator[None]:
-    """A generation that is taken token by token."""
+    """A generation that advances by one token per `next`."""
     config = GenerationConfig(max_new_tokens=num_tokens, do_sample=True)
     return GenerationRun(model, load_text(32).unsqueeze(0), None, config, None, update_memory=False).run()
 
 
 def take(steps: Iterator[None], count: int) -> float:
-    """Seconds a token of the next `count`."""
+    """Mean seconds per token over the next `count` tokens."""
     begin = time.perf_counter()
     for _ in range(count):
         next(steps)
@@ -111,7 +111,7 @@ def take(steps: Iterator[None], count: int) -> float:
 
 
 def read_resident_bytes() -> int:
-    """Memory of this process now; 0 where the system does not say."""
+    """Resident memory of this process; 0 if the system does not report it."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), 0)
@@ -151,11 +151,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--long-tokens", type=int, default=100_000)
-    parser.add_argument("--threads", type=int, default=None, help="torch's threads; default: as torch chooses")
+    parser.add_argument("--threads", type=int, default=None, help="torch's threads; default: torch's choice")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--run", type=Path, help="a run folder: also measure what bfloat16 costs in perplexity")
-    parser.add_argument("--quick", action="store_true", help="few tokens, once: to see that the program runs")
-    parser.add_argument("--skip", choices=("short", "long"), help="leave one of the two parts out")
+    parser.add_argument("--quick", action="store_true", help="few tokens, once, as a test of the program")
+    parser.add_argument("--skip", choices=("short", "long"), help="leave out one of the two parts")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.context, arguments.tokens, arguments.rounds, arguments.long_tokens = 32, 2, 1, 2 * EARLY_TOKENS

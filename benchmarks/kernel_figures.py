@@ -2,10 +2,10 @@
 
     python benchmarks/kernel_figures.py            # a Markdown table; --json: one object per line
 
-The wrappers of `triton_kernels` and `triton_steps` get tensors on the device `meta`, which have shapes but no numbers.
-In the place of each kernel stands a `Recorder`, which compiles what would have been launched, tiles, warps and stages
-included.
-Needs Triton 3.3 or newer (`pip install triton`; torch's CPU builds don't bring it) and no TRITON_INTERPRET.
+The wrappers of `triton_kernels` and `triton_steps` get tensors on the device `meta`, which have shapes but no data.
+Each kernel is replaced by a `Recorder`, which compiles what would have been launched, with the same tiles, warps and
+stages.
+Needs Triton 3.3 or newer (`pip install triton`; torch's CPU builds don't include it). TRITON_INTERPRET must not be set.
 """
 
 import argparse
@@ -34,7 +34,7 @@ TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", t
 
 
 class Figures(NamedTuple):
-    """What one launch costs: its grid, its tiles, and what the compiler made of it."""
+    """One launch: its grid, its tiles, and the resources of the compiled kernel."""
 
     kernel: str
     case: str
@@ -48,11 +48,11 @@ class Figures(NamedTuple):
     wgmma: int
     barriers: int
     unset: str
-    """An instruction that reads a uniform register which none writes, as ptxas 12.8 makes them; "": there is none."""
+    """An instruction that reads a uniform register that was never written (a bug of ptxas 12.8); "": none."""
 
 
 class Recorder:
-    """Stands in the place of a kernel: `recorder[grid](...)` notes and compiles instead of launching."""
+    """Replaces a kernel: `recorder[grid](...)` calls `note` instead of launching."""
 
     def __init__(self, kernel: Any, note: Callable[[Any, tuple[int, ...], tuple, dict[str, Any]], None]) -> None:
         self.kernel, self.note = kernel, note
@@ -63,7 +63,7 @@ class Recorder:
 
 @contextlib.contextmanager
 def recording(note: Callable[[Any, tuple[int, ...], tuple, dict[str, Any]], None]) -> Iterator[None]:
-    """Within it every Triton kernel only calls `note(kernel, grid, arguments, options)`."""
+    """In the block, every Triton kernel only calls `note(kernel, grid, arguments, options)`."""
     modules = (triton_kernels, triton_steps)
     kernels = [(module, *entry) for module in modules for entry in vars(module).items() if entry[0].endswith("_kernel")]
     for module, name, kernel in kernels:
@@ -76,8 +76,9 @@ def recording(note: Callable[[Any, tuple[int, ...], tuple, dict[str, Any]], None
 
 
 def compile_launch(kernel: Any, arguments: tuple, options: dict[str, Any]) -> tuple[Any, str]:
-    """The compiled kernel, and its resources and instructions as cuobjdump lists them. 1 and multiples of 16 are
-    specialised, as at a launch.
+    """Compile a launch; returns the kernel, and its resources and instructions as listed by cuobjdump.
+
+    Arguments that are 1 or a multiple of 16 are specialised, as in a real launch.
     """
     signature, constants, attributes = {}, {}, {}
     settings = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
@@ -160,7 +161,7 @@ def write_delta(
     num_writes: int = 4,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """The chain of segments with the delta rule, as Infini layers have it; or of chunks token by token."""
+    """Write a chain of segments with the delta rule, as in Infini layers; or a chain of chunks, token by token."""
     k = make(batch, num_writes, heads, length, width, dtype=dtype)
     decay = make(batch, num_writes, heads, dtype=torch.float32)
     slots = make(batch, num_writes, dtype=torch.int64)
@@ -231,7 +232,7 @@ def measure_all() -> Iterator[Figures]:
     for rows, (hidden_size, heads) in itertools.product((1, 8), ((512, 8), (1024, 16), (2048, 16))):
         token = functools.partial(make_token, rows, hidden_size, heads)
         yield from measure(f"token of {rows} rows, D={hidden_size}, K={hidden_size // heads}", token)
-    # more heads and chunks than the second and third axis of a grid may have
+    # more heads and chunks than the second and third axis of a grid allow
     yield from measure("70,000 groups", functools.partial(write_delta, 8_750, 8, 64, 64, backward=False))
     yield from measure("70,000 groups", functools.partial(attend, 70_000, 64, 64))
 

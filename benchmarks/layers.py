@@ -1,9 +1,9 @@
-"""What the memory layers cost: training steps against our Pythia, and one layer over a long text.
+"""The cost of memory layers: training steps compared with our Pythia, and a single layer over a long text.
 
     python benchmarks/layers.py [--batch-size 8] [--tokens 256] [--long-tokens 16384] [--repeats 7]
 
-Models are measured in turns, each in a process of its own; layers in one process, in alternation. Medians and ratios
-are what to read. Text is the embedded one.
+Models take turns, each in its own process; layers alternate in one process. Read medians and ratios. Uses the bundled
+text.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from new_llm.training.devices import choose_device, choose_precision
 
 
 def time_alternately(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, one after the other, again and again; the first round warms up and is left out."""
+    """Seconds of each call over rounds in which all calls run once; the first round is a warm-up and not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(repeats + 1):
         for name, call in calls.items():
@@ -49,7 +49,7 @@ def bench_training(console: Console, arguments: argparse.Namespace, segment_leng
 
 
 def bench_layers(console: Console, arguments: argparse.Namespace) -> None:
-    """One layer, forward: memory layers in segments against softmax over the whole text."""
+    """Forward pass of one layer: memory layers in segments, compared with softmax over the whole text."""
     device = choose_device(arguments.device)
     length, segment = arguments.long_tokens, arguments.long_segment
     torch.manual_seed(0)

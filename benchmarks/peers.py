@@ -1,12 +1,12 @@
-"""Ours beside its peers, in training, evaluation and decoding: one shape, one text, in alternation.
+"""Our models compared with peers in training, evaluation and decoding: same shape, same text, in alternation.
 
     python benchmarks/peers.py [--size 70m] [--rows 1] [--tokens 2048] [--segment 256] [--rounds 5] [--only training]
 
-Peers: GPT-NeoX of transformers, and infini-transformer-pytorch (`pip install 'new-llm[bench]'`; left out where it is
-missing), whose layers have softmax inside the segment and memories of the same shapes. Weights are new, autocast to
-bfloat16, fused AdamW, the allocator tuned for all; decoding is greedy in bfloat16 after a prompt of one segment less a
-token. On a GPU with flash-linear-attention installed a layer of its is measured beside one of ours. Each model has a
-process of its own, whose peak memory stands in the table.
+Peers are transformers' GPT-NeoX and infini-transformer-pytorch (`pip install 'new-llm[bench]'`; left out if it is not
+installed), whose layers have softmax inside the segment and memories of the same shapes. All have fresh weights,
+bfloat16 autocast, fused AdamW and the tuned allocator; decoding is greedy in bfloat16 after a prompt of one segment
+minus a token. On a GPU, a layer of flash-linear-attention, if installed, is compared with one of ours. Each model has
+its own process, whose peak memory is in the table.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def list_jobs(job: Job) -> dict[str, Job]:
     jobs = {GPT_NEOX: replace(job, model=HUGGING_FACE)}
     if HAS_PEER:
         jobs[PEER] = replace(job, model=PEER)
-    # heads as the peer's, so that both hold memories of the same size
+    # as many heads as the peer, so that both have memories of the same size
     all_infini = replace(job, model="infini", options=make_all_infini(job.size))
     return jobs | {"ours, Pythia": replace(job, model="pythia", segment=None), "ours, all Infini": all_infini}
 
@@ -41,7 +41,7 @@ def print_table(console: Console, task: str, job: Job, arguments: argparse.Names
 
 
 def bench_flash_linear_attention(console: Console, arguments: argparse.Namespace) -> None:
-    """One layer on a GPU, forward and backward: linear attention of flash-linear-attention and ours."""
+    """Forward and backward pass of one layer on a GPU: flash-linear-attention's linear attention, and ours."""
     from fla.layers import LinearAttention  # pyright: ignore[reportMissingImports]
 
     from new_llm.models.layers import InfiniLayer, Segments
@@ -84,13 +84,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="auto")
     parser.add_argument("--only", choices=("training", "evaluation", "decoding"))
-    parser.add_argument("--quick", action="store_true", help="a tiny model, once: to see that the program runs")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, once, as a test of the program")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.size, arguments.tokens, arguments.segment, arguments.rounds = "quick", 64, 32, 1
     console = Console(width=130)
     if not HAS_PEER:
-        console.print(f"{PEER} is not installed here: left out")
+        console.print(f"{PEER} is not installed: left out")
     size = {"size": arguments.size, "rows": arguments.rows, "tokens": arguments.tokens}
     job = Job("", segment=arguments.segment, device=arguments.device, **size)
     for task in ("training", "evaluation", "decoding"):

@@ -1,10 +1,10 @@
-"""One process, several with all weights (DDP) and several with a share of them (FSDP): curves side by side.
+"""Compare the learning curves of one process, several with all weights (DDP), and several with shards (FSDP).
 
     python benchmarks/processes.py [--models infini ...] [--processes 2] [--quick] [flags of `new-llm experiment`]
 
-Every training is `new-llm experiment` as a user starts it, alone or under torchrun, with one global batch. Then each
-way is stopped by SIGTERM in the middle and goes on as another. Ends with exit code 1 where a loss differs by more than
-`--tolerance` from that of one process.
+Every training is `new-llm experiment` as a user would start it, alone or under torchrun, with the same global batch.
+Then each kind of training is stopped by SIGTERM in the middle and resumed as each other kind. Exits with code 1 if a
+loss differs by more than `--tolerance` from that of one process.
 """
 
 import argparse
@@ -45,7 +45,7 @@ FORCED = ["--device", "cpu", "--train.precision", "fp32", "--train.log-every-ste
 
 
 class Ways:
-    """Trainings in a folder, by the number of processes and the way they share the weights."""
+    """Trainings in a folder: one process, DDP or FSDP."""
 
     def __init__(self, folder: Path, flags: list[str], num_processes: int) -> None:
         self.folder = folder
@@ -67,7 +67,7 @@ class Ways:
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
     def run(self, way: str, model: str, name: str, *, resume: bool = False) -> dict[str, Any]:
-        """Train to the end; the model's result."""
+        """Train to the end; returns the model's result."""
         process = self.start(way, model, name, resume=resume)
         said, _ = process.communicate()
         if process.returncode:
@@ -75,7 +75,7 @@ class Ways:
         return json.loads((self.folder / name / model / "result.json").read_text())
 
     def stop(self, way: str, model: str, name: str, step: int) -> int:
-        """Begin a training and stop it by SIGTERM once it has come to a step; the step of its checkpoint."""
+        """Start a training and stop it by SIGTERM after some step; returns the step of its checkpoint."""
         process = self.start(way, model, name, resume=False)
         metrics = self.folder / name / model / "metrics.jsonl"
         while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= step):
@@ -91,7 +91,7 @@ class Ways:
 
 
 def read_losses(result: dict[str, Any]) -> list[tuple[str, float]]:
-    """The training loss of every step and the validation loss of every epoch, with what they are."""
+    """The training loss of each step and the validation loss of each epoch, with labels."""
     training = result["training"]
     return [
         *((f"step {line['step']}", line["loss"]) for line in training["steps_log"]),
@@ -106,10 +106,10 @@ def find_difference(expected: list[tuple[str, float]], found: list[tuple[str, fl
 
 
 def compare_curves(ways: Ways, model: str) -> tuple[Table, list[tuple[str, float]], float]:
-    """The curves of all ways, that of one process, and the largest difference from it."""
+    """A table of all curves, the curve of one process, and the largest difference from it."""
     curves = {way: read_losses(ways.run(way, model, f"{model}-{number}")) for number, way in enumerate(ways.commands)}
     expected = curves[ALONE]
-    table = Table(title=f"{model}: loss, nats a token")
+    table = Table(title=f"{model}: loss, nats per token")
     table.add_column("")
     for way in curves:
         table.add_column(way, justify="right")
@@ -123,9 +123,9 @@ def compare_curves(ways: Ways, model: str) -> tuple[Table, list[tuple[str, float
 
 
 def compare_checkpoints(ways: Ways, model: str, expected: list[tuple[str, float]]) -> tuple[Table, float]:
-    """Every way stopped in the middle and gone on as every other."""
-    table = Table(title=f"{model}: stopped by SIGTERM, gone on as another")
-    for header in ("begun by", "stopped at step", "gone on by", "largest difference"):
+    """Stop each kind of training in the middle, and resume it as each other kind."""
+    table = Table(title=f"{model}: stopped by SIGTERM, resumed as another kind")
+    for header in ("begun as", "stopped at step", "resumed as", "largest difference"):
         table.add_column(header, justify="right" if header[0] in "sl" else "left")
     worst = 0.0
     middle = sum(name.startswith("step") for name, _ in expected) // 2

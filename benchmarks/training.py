@@ -1,11 +1,11 @@
-"""Training speed: our Pythia against Hugging Face's GPT-NeoX, plain and tuned, and the memory models against ours.
+"""Training speed of our Pythia compared with Hugging Face's GPT-NeoX, plain and tuned, and of memory models with ours.
 
     python benchmarks/training.py [--shapes 8x256 1x2048] [--rounds 5] [--steps 1] [--device auto] [--output FILE]
 
-pythia-70m's shape, embedded text, forward, backward and AdamW. Each way of training has a process of its own, which
-sleeps while the others run: in every round each makes some steps, one after the other. Medians, ratios within a round
-and peak memory are what to read. `ceiling` is what the machine would train if all its time went into bfloat16 products
-at the speed it was measured to make them in the same rounds.
+pythia-70m's shape, bundled text, forward, backward and AdamW. Each variant has its own process, which sleeps while the
+others run; in every round, all make some steps, one after the other. Read medians, ratios within a round, and peak
+memory. `ceiling` is the training speed if the machine spent all its time on bfloat16 products, at the speed measured
+for these in the same rounds.
 """
 
 import argparse
@@ -43,7 +43,7 @@ MEMORY = {
 
 
 def measure(console: Console, ways: dict[str, Job], shape: str, arguments: argparse.Namespace) -> Answers:
-    """Measure some ways of training beside the ceiling, and print their table."""
+    """Measure variants of training together with the ceiling, and print their table."""
     rows, tokens = map(int, shape.split("x"))
     size = {"size": "quick"} if arguments.quick else {}
     common = {"rows": rows, "tokens": tokens, "device": arguments.device, **size}
@@ -69,13 +69,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["8x256", "1x2048"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=1, help="steps of each way in a round")
+    parser.add_argument("--steps", type=int, default=1, help="steps of each variant per round")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--only", choices=("peers", "memory"), help="one of the two parts")
-    parser.add_argument("--skip-compiled", action="store_true", help="leave torch.compile out, which takes minutes")
+    parser.add_argument("--skip-compiled", action="store_true", help="leave out torch.compile, which takes minutes")
     parser.add_argument("--output", type=Path, help="write every measurement as JSON")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, once: to see that the program runs")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, once, as a test of the program")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.shapes, arguments.rounds, arguments.skip_compiled = ["2x32"], 1, True

@@ -1,4 +1,4 @@
-"""Processes that take turns: each measures one thing, and sleeps while the others run."""
+"""Worker processes that take turns: each measures one thing, and sleeps while the others run."""
 
 import json
 import os
@@ -15,11 +15,11 @@ from rich.table import Table
 from new_llm.training.devices import read_peak_memory
 
 Answers = dict[str, list[dict[str, Any]]]
-"""Of each worker: seconds, cpu_seconds and peak (bytes) of each round."""
+"""By worker: seconds, cpu_seconds and peak (bytes) for each round."""
 
 
 class Worker:
-    """A process that measures when it is told to.
+    """A process that measures on request.
 
     Args:
         command: a program that calls `serve`.
@@ -55,11 +55,11 @@ class Worker:
 
 
 def serve(step: Callable[[], object], device: torch.device, *, warm_up: int = 2) -> None:
-    """Answer each line of the standard input, a number of steps, by one line of JSON.
+    """Read numbers of steps from stdin, one per line; answer each with a line of JSON.
 
     Args:
-        step: what is timed; where it returns a float, those seconds count.
-        device: where it runs.
+        step: the function to time; if it returns a float, this counts as its seconds.
+        device: the device it runs on.
         warm_up: steps before the first answer.
     """
     for _ in range(warm_up):
@@ -82,7 +82,7 @@ def serve(step: Callable[[], object], device: torch.device, *, warm_up: int = 2)
 
 
 def take_turns(commands: Mapping[str, Sequence[str]], *, rounds: int, steps: int, threads: int) -> Answers:
-    """Start a worker for each command, and let each make some steps in every round, one after the other."""
+    """Start a worker for each command; in every round each makes `steps` steps, one worker after the other."""
     workers: dict[str, Worker] = {}
     try:
         for name, command in commands.items():
@@ -97,27 +97,27 @@ def take_turns(commands: Mapping[str, Sequence[str]], *, rounds: int, steps: int
 
 
 def compare(answers: Answers, name: str, base: str, what: str = "seconds") -> float:
-    """Speed of one as a multiple of another's: the median of the rounds' ratios."""
+    """The speed of `name` relative to `base`: the median of the ratios within rounds."""
     pairs = zip(answers[name], answers[base], strict=True)
     return statistics.median(other[what] / one[what] for one, other in pairs)
 
 
 def describe_spread(values: Sequence[float]) -> str:
-    """Half of the range, of the median."""
+    """Half of the range, relative to the median."""
     return f"±{(max(values) - min(values)) / 2 / statistics.median(values):.0%}"
 
 
 def tabulate(
     title: str, answers: Answers, num_tokens: int, bases: Sequence[str], *, ceiling: float | None = None
 ) -> Table:
-    """A row for each worker: speed, that of some bases, spread and peak memory.
+    """A table with a row per worker: speed, speed relative to the bases, spread and peak memory.
 
     Args:
-        title: the table's.
-        answers: what `take_turns` returned.
-        num_tokens: tokens of a step.
-        bases: the workers that all are compared with, by time and by processor seconds.
-        ceiling: tokens a second that all are given as a share of.
+        title: the table's title.
+        answers: the result of `take_turns`.
+        num_tokens: tokens per step.
+        bases: workers with which all are compared, by time and by processor seconds.
+        ceiling: tokens/s of which each speed is also shown as a share.
     """
     table = Table(title=title)
     ratios = [f"of {base}" for base in bases] + [f"by CPU seconds, of {base}" for base in bases]

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""A memory beside the layers of a pretrained Pythia: does it learn to use what it has read?
+"""Add a memory in parallel with the layers of a pretrained Pythia: does it learn to use what it has read?
 
     python examples/adapt_pythia.py                                  # trains a small Pythia here, and adapts it
     python examples/adapt_pythia.py --base EleutherAI/pythia-70m     # from the hub
 
-The adapter is measured on held-out documents with its memory carried, reset before every segment, and that of another
-document. Only carried against foreign tells whether the content of the memory is used.
+The adapter is measured on held-out documents with its memory carried, reset before every segment, and replaced by that
+of another document (foreign). Only carried versus foreign shows whether the content of the memory is used.
 """
 
 import argparse
@@ -20,13 +20,13 @@ from new_llm.models.layers.infini import AdapterConfig
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", help="a GPT-NeoX: hub name, folder or run; left out: one is trained here")
+    parser.add_argument("--base", help="a GPT-NeoX: hub name, folder or run; default: train one here")
     parser.add_argument("--text", default="sotu", help="a file or a folder of texts with long documents")
     parser.add_argument("--samples", type=int, default=1000, help="training samples of the base, of 512 tokens")
     parser.add_argument("--documents", type=int, default=64, help="documents that the adapter trains on")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--hidden-size", type=int, default=128)
-    parser.add_argument("--document-tokens", type=int, default=1024, help="tokens read of a document")
+    parser.add_argument("--document-tokens", type=int, default=1024, help="tokens to read of each document")
     arguments = parser.parse_args()
     base = arguments.base or train_base(arguments)
 
@@ -44,7 +44,7 @@ def main() -> None:
             eval=EvalConfig(measures=("sliding", "streaming"), max_tokens=20_000),
         )
     )
-    print(f"α = {results['alpha']}; {results['num_parameters']['adapter']:,} weights of the adapter")
+    print(f"α = {results['alpha']}; {results['num_parameters']['adapter']:,} adapter weights")
     for name, measured in results["evaluation"].items():
         print(f"{name}: {measured['num_documents']} documents")
         for way, figure in measured["overall"]["perplexity"].items():
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def train_base(arguments: argparse.Namespace) -> str:
-    """A small Pythia, trained on addresses that are held out from the adapter's measurement as well."""
+    """Train a small Pythia; the documents that measure the adapter are held out from its training, too."""
     config = ExperimentConfig(
         name="base",
         model=ModelConfig(

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compare models on a text of your own: train them on the same batches, and print what memory is worth.
+"""Compare models on your own text: train them on the same batches, and print perplexity, memory and speed.
 
     python examples/compare_models.py --text my_texts --models pythia infini multi_memory
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""A study of long documents: is memory worth anything, and at what distance from a document's start?
+"""Measure on long documents whether memory helps, and at what distance from a document's start.
 
     python examples/long_documents.py --models infini hierarchical
 
-Trains Pythia and memory models on the same batches, and reads held-out documents with the memory carried, reset before
-every segment, and that of another document, beside Pythia in the same segments. Pictures are in runs/long.
+Trains Pythia and memory models on the same batches. Then reads held-out documents with the memory carried, reset before
+every segment, and replaced by another document's, and compares this with Pythia. Charts are written to runs/long.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1000, help="training samples of 1,024 tokens")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--hidden-size", type=int, default=128)
-    parser.add_argument("--max-documents", type=int, help="held-out documents to measure; left out: all long ones")
+    parser.add_argument("--max-documents", type=int, help="held-out documents to measure; default: all long ones")
     arguments = parser.parse_args()
 
     config = ExperimentConfig(
@@ -38,7 +38,7 @@ def main() -> None:
             num_attention_heads=4,
             intermediate_size=4 * arguments.hidden_size,
         ),
-        # 16 segments of gradient: what to write is learned from what it is worth many segments later.
+        # Gradients flow through 16 segments: a write is learned from its use many segments later.
         data=DataConfig(
             source=arguments.text,
             tokenizer_vocab_size=2048,
@@ -50,7 +50,7 @@ def main() -> None:
         eval=EvalConfig(context=1024, stride=512, max_tokens=10_000, measures=("sliding", "streaming")),
     )
     folder = Path(run_experiment(["pythia", *arguments.models], config)["folder"])
-    data = prepare_data(config.data)  # from the cache: the same documents are held out
+    data = prepare_data(config.data)  # from the cache, with the same held-out documents
     pythia, _ = load_run_model(folder, "pythia")
     settings = EvalConfig(
         long_documents=LongDocumentsConfig(

@@ -3,8 +3,8 @@
 
     python examples/move_memories.py
 
-A small model without the delta rule is trained first: its memory is a plain sum, so that memories can be added. Whether
-what it has read helps it with what follows is another question: after so little training, hardly.
+First trains a small model without the delta rule: its memory is a plain sum, so memories can be added. After so little
+training, what the model has read hardly helps with what follows.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=200, help="training samples of 512 tokens")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--hidden-size", type=int, default=128)
-    parser.add_argument("--characters", type=int, default=30_000, help="of each text that is read")
+    parser.add_argument("--characters", type=int, default=30_000, help="characters to read into each memory")
     arguments = parser.parse_args()
 
     config = ExperimentConfig(
@@ -52,7 +52,7 @@ def main() -> None:
     )
     run = Path(run_experiment(["infini"], config)["folder"])
 
-    # The longest text in three parts: two machines read the first two, the third is what the model is asked about.
+    # Three parts of the longest text: two machines read the first two, and the model is measured on the third.
     _, text = max(load_documents(DataConfig(source=arguments.text)), key=lambda document: len(document[1]))
     size = arguments.characters
     parts = [text[start : start + size] for start in (0, size)]

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""A layer of one's own, trained beside Pythia and multi-memory on the same text, with several seeds.
+"""Define a layer of your own, and compare it with Pythia and multi-memory on the same text, with several seeds.
 
     python examples/own_layer.py --seeds 0 1 2
 
-The layer is that of docs/how-to/own-layer.md.
+The layer is the one in docs/how-to/own-layer.md.
 """
 
 import argparse

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train some models on identical data and compare them: `new-llm experiment`."""
+"""Train models on identical data and compare them: `new-llm experiment`."""
 
 import sys
 

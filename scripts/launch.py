@@ -1,4 +1,4 @@
-"""Runs a command of the package from a checkout, in the checkout's environment where another Python was typed."""
+"""Run a command of the package from a checkout; if this Python lacks the package, use the checkout's .venv."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 def launch(command: str) -> int:
-    """`new-llm COMMAND` with this script's arguments; returns its exit code."""
+    """Run `new-llm COMMAND` with this script's arguments; returns its exit code."""
     try:
         from new_llm.cli.main import main
     except ModuleNotFoundError:
@@ -20,6 +20,6 @@ def launch(command: str) -> int:
             )
             return 2
         if Path(sys.prefix).resolve() == python.parent.parent.resolve():
-            raise  # already there: something of the installation itself is missing
+            raise  # already in .venv, so the installation itself is incomplete
         os.execv(python, [str(python), *sys.argv])
     return main([command, *sys.argv[1:]])

@@ -1,10 +1,10 @@
-"""Any two models of a study, paired by seed and document: the differences that the pages of docs/experiments tell.
+"""Compare any two models of a study, paired by seed and document, as the pages of docs/experiments do.
 
     python studies/compare.py docs/experiments/novels/losses.json gated_delta-4-three/caches/bare pythia/caches/bare
 
-prints the difference in perplexity, in percent, with its interval of 95 % and, where this holds 0, the smallest one
-that would have been seen; of one or two seeds each one's, over documents alone; and the number of seeds. The file is
-made from the folders of a study's runs by
+prints the difference in perplexity, in percent, with its 95 % interval, and the number of seeds. If the interval
+contains 0, it is followed by the smallest difference that would have been seen. For one or two seeds, each seed's
+difference is printed, with an interval over documents only. To make the file from the folders of a study's runs:
 
     python studies/compare.py docs/experiments/novels/losses.json --collect runs/novels
 """
@@ -18,11 +18,11 @@ from new_llm.evaluation import MEASURES
 from new_llm.evaluation.statistics import MIN_SEEDS, DocumentLosses, compare_models
 
 Losses = dict[str, dict[str, dict[str, list[Any]]]]
-FAR = 16_384  # tokens from a document's beginning, whose losses are kept by themselves, too
+FAR = 16_384  # losses from this many tokens after a document's beginning are also kept separately
 
 
 def collect(folders: list[Path]) -> Losses:
-    """Tokens and total loss of each document, by variant, seed and what was measured; a seed's first run counts."""
+    """Tokens and total loss of each document, by variant, seed and measurement; of several runs, the first counts."""
     found: Losses = {}
     for file in (path for folder in folders for path in sorted(folder.glob("*-s*/results.json"))):
         results = json.loads(file.read_text(encoding="utf-8"))
@@ -42,13 +42,13 @@ def collect(folders: list[Path]) -> Losses:
 
 
 def read(losses: Losses, name: str) -> dict[str, DocumentLosses]:
-    """The losses of a model by seed: `variant/measure/way`."""
+    """The losses of `variant/measure/way` by seed."""
     variant, _, way = name.partition("/")
     return {seed: DocumentLosses.read(*ways[way]) for seed, ways in losses[variant].items() if way in ways}
 
 
 def compare(one: dict[str, DocumentLosses], other: dict[str, DocumentLosses]) -> str:
-    """The difference over all common seeds; of fewer than three, each seed's."""
+    """The difference over all common seeds; for fewer than `MIN_SEEDS`, each seed's own."""
     seeds = [seed for seed in one if seed in other]
     groups = [seeds] if len(seeds) >= MIN_SEEDS else [[seed] for seed in seeds]
     compared = (compare_models({seed: one[seed] for seed in group}, other) for group in groups)
@@ -58,9 +58,9 @@ def compare(one: dict[str, DocumentLosses], other: dict[str, DocumentLosses]) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="the losses")
-    parser.add_argument("models", nargs="*", help="two of VARIANT/MEASURE/WAY; none: all are listed")
-    parser.add_argument("--collect", nargs="+", type=Path, metavar="RUNS", help="folders of runs to make the file from")
+    parser.add_argument("file", type=Path, help="the file of losses")
+    parser.add_argument("models", nargs="*", help="two of VARIANT/MEASURE/WAY; none: list all")
+    parser.add_argument("--collect", nargs="+", type=Path, metavar="RUNS", help="make the file from these run folders")
     given = parser.parse_args()
     if given.collect:
         if not (found := collect(given.collect)):
@@ -69,7 +69,7 @@ def main() -> None:
     try:
         losses: Losses = json.loads(given.file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        parser.error(f"{given.file}: no losses: {error}")
+        parser.error(f"{given.file}: can't read losses: {error}")
     known = {variant: sorted(set().union(*seeds.values())) for variant, seeds in losses.items()}
     for name in given.models:
         variant, _, way = name.partition("/")

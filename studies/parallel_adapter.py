@@ -1,13 +1,13 @@
-"""The measurements behind docs/experiments/parallel-adapter.md: when does a parallel adapter's alpha learn, and what?
+"""The measurements for docs/experiments/parallel-adapter.md: when does a parallel adapter's alpha learn, and what?
 
-A small Pythia is trained on the State of the Union addresses and exported as a GPT-NeoX; every adapter stands on it.
-Probes measure the gradient of alpha before training, what a memory read fades to, and how much a document's own past
-could help at all. Runs train nine recipes with three seeds each. Every step is left out where its result exists, so
-the command goes on where it was stopped, and two of them may share the seeds. Run:
+A small Pythia is trained on the State of the Union addresses and exported as a GPT-NeoX, the base of all adapters.
+Probes measure the gradient of alpha before training, how memory reads fade, and how much a document's own past could
+help at all. Then nine recipes are trained with three seeds each. Steps whose results exist are skipped, so an
+interrupted command continues when repeated, and two commands can share the seeds. Run:
 
     python3 studies/parallel_adapter.py [--folder runs/adapter-study] [--seeds 0 1 2] [--page docs/experiments]
 
-It takes about 20 minutes of one core; --page draws the page's pictures and prints its tables, once all runs are there.
+It takes about 20 minutes on one core. After all runs are done, --page draws the page's charts and prints its tables.
 """
 
 import argparse
@@ -92,11 +92,11 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def make_config(folder: Path, name: str, seed: int) -> AdapterTrainingConfig:
-    """One run of a recipe; unless it says otherwise, 64 documents of 16 segments are read twice."""
+    """The configuration of a recipe's run; by default, 64 documents of 16 segments are read twice."""
     recipe = RECIPES.get(name, {})
     adapter, train, data = (recipe.get(part, {}) for part in ("adapter", "train", "data"))
     shape: dict[str, Any] = {"source": "sotu", "seq_length": SEGMENT * SEGMENTS, "segments_per_sample": SEGMENTS} | data
-    # Recipes of single segments have as many tokens in a batch as the others.
+    # Recipes with single segments have as many tokens per batch as the others.
     batch_size = 4 * SEGMENT * SEGMENTS // shape["seq_length"]
     settings: dict[str, Any] = {"learning_rate": 3e-3, "gate_learning_rate": 1e-2, "num_epochs": 2} | train
     run_name = f"{name.replace(' ', '-').replace(',', '')}-{seed}"
@@ -119,7 +119,7 @@ def make_config(folder: Path, name: str, seed: int) -> AdapterTrainingConfig:
 
 
 def make_base(folder: Path) -> None:
-    """The small Pythia, trained and exported with its tokenizer."""
+    """Train the small Pythia, and export it with its tokenizer."""
     if (folder / "neox" / "config.json").exists():
         return
     run = folder / "base"
@@ -130,7 +130,7 @@ def make_base(folder: Path) -> None:
 
 
 def probe_gradients(config: AdapterTrainingConfig, source: Any, data: PreparedData) -> dict[str, list[float]]:
-    """dL/d alpha at alpha = 0: over weights drawn anew for one batch, and for one draw over batches."""
+    """dL/d alpha at alpha = 0, for several random initialisations on one batch, and for one on several batches."""
     plan = plan_batches(data.train, seq_length=config.data.seq_length, batch_size=4, order="shuffled", seed=0, epoch=0)
 
     def differentiate(init: str, seed: int, batch: int) -> float:
@@ -151,7 +151,7 @@ def probe_gradients(config: AdapterTrainingConfig, source: Any, data: PreparedDa
 
 @torch.no_grad()
 def probe_reads(config: AdapterTrainingConfig, source: Any, data: PreparedData) -> dict[str, list[float]]:
-    """The mean length of what a query reads, by the number of segments written before; delta rule and sum."""
+    """The mean norm of a memory read, by the number of segments written before, with the delta rule and as a sum."""
     ids = torch.from_numpy(np.concatenate([data.validation.document(i) for i in range(4)]).astype(np.int64))
     lengths: dict[str, list[float]] = {}
     for name, use_delta_rule in (("delta rule", True), ("sum", False)):
@@ -169,8 +169,10 @@ def probe_reads(config: AdapterTrainingConfig, source: Any, data: PreparedData) 
 
 @torch.no_grad()
 def probe_headroom(config: AdapterTrainingConfig, source: Any, data: PreparedData) -> dict[str, float]:
-    """Perplexity when logits are raised by 0.2 log(p_past / p): p the training text's word frequencies, p_past those
-    of the document so far (or of another one), smoothed by 1,000 tokens of p. What a memory of mere words could give.
+    """Perplexity if 0.2 log(p_past / p) is added to the logits, the gain of a memory that only counts words.
+
+    p are the token frequencies of the training text; p_past are those of the document so far (or of another one),
+    smoothed by 1,000 tokens of p.
     """
     model = load_configured_base(config, source).eval()
     counts = torch.bincount(torch.from_numpy(data.train.tokens.astype(np.int64)), minlength=model.vocab_size)
@@ -194,7 +196,7 @@ def probe_headroom(config: AdapterTrainingConfig, source: Any, data: PreparedDat
 
 
 def run_probes(folder: Path) -> None:
-    """The measurements without training."""
+    """Make the measurements that need no training."""
     if read_json(folder / "probes.json") is not None:
         return
     config = make_config(folder, "probe", 0)
@@ -218,11 +220,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/adapter-study"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
-    parser.add_argument("--page", type=Path, help="draw the pictures into this folder and print the tables")
+    parser.add_argument("--page", type=Path, help="draw the charts into this folder and print the tables")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     folder = arguments.folder
-    print("budget: about 20 minutes of one core in all; what is there is not made again", flush=True)
+    print("takes about 20 minutes on one core; existing results are kept", flush=True)
     make_base(folder)
     run_probes(folder)
     for seed in arguments.seeds:

@@ -1,4 +1,4 @@
-"""The pictures and tables of docs/experiments/parallel-adapter.md, from the study's results."""
+"""The charts and tables of docs/experiments/parallel-adapter.md, from the study's results."""
 
 import statistics
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ Results = dict[str, list[dict[str, Any]]]
 
 
 def draw(results: Results, probes: dict[str, Any], folder: Path) -> None:
-    """Write the pictures into a folder and print the tables in Markdown."""
+    """Write the charts into a folder and print the tables in Markdown."""
     draw_alpha(results, folder)
     draw_perplexity(results, probes, folder)
     draw_differences(results, folder)
@@ -24,7 +24,7 @@ def draw(results: Results, probes: dict[str, Any], folder: Path) -> None:
 
 
 def draw_alpha(results: Results, folder: Path) -> None:
-    """Alpha by optimizer step: the mean over seeds and layers of each recipe, and their range."""
+    """Alpha by optimizer step: each recipe's mean and range over seeds and layers."""
     rows = [
         {"recipe": name, "step": line["step"], "alpha": alpha}
         for name, runs in results.items()
@@ -38,7 +38,7 @@ def draw_alpha(results: Results, folder: Path) -> None:
 
 
 def draw_perplexity(results: Results, probes: dict[str, Any], folder: Path) -> None:
-    """Perplexity of the held-out documents, memory carried, after each epoch."""
+    """Perplexity of the held-out documents after each epoch, with the memory carried."""
     base = probes["base"]["perplexity"]
     rows = [
         {"recipe": name, "epoch": line["epoch"], "perplexity": line["validation_perplexity"]}
@@ -53,7 +53,7 @@ def draw_perplexity(results: Results, probes: dict[str, Any], folder: Path) -> N
 
 
 def draw_differences(results: Results, folder: Path) -> None:
-    """How much lower the perplexity is with the carried memory: against the base, reset and foreign memory."""
+    """The difference in perplexity between the carried memory and the base, a reset, and a foreign memory."""
     rows = [
         {"recipe": name, "against": f"against {other}", **get_difference(run, other)}
         for name, runs in results.items()
@@ -67,7 +67,7 @@ def draw_differences(results: Results, folder: Path) -> None:
 
 
 def tabulate_runs(results: Results) -> str:
-    """One row a recipe: alpha of each seed, mean perplexities, and differences over seeds."""
+    """One row per recipe: alpha of each seed, mean perplexities, and differences over seeds."""
     lines = [
         "| recipe | α in the end | carried | reset | foreign | against base | reset | foreign |",
         "|---|---" + "|---" * 6 + "|",
@@ -84,7 +84,7 @@ def tabulate_runs(results: Results) -> str:
 
 
 def describe_difference(found: Sequence[dict[str, float]]) -> str:
-    """The mean over seeds in percent, and the ends of the seeds' intervals."""
+    """The mean over seeds in percent, with the outermost ends of the seeds' intervals."""
     mean = 100 * statistics.mean(one["value"] for one in found)
     low, high = (100 * function(one[end] for one in found) for function, end in ((min, "low"), (max, "high")))
     return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
@@ -101,7 +101,7 @@ def tabulate_gradients(gradients: dict[str, list[float]]) -> str:
 
 
 def describe_probes(probes: dict[str, Any]) -> str:
-    """The other probes in a line each."""
+    """The other probes, one line each."""
     base, headroom = probes["base"], probes["headroom"]
     lines = [f"base: {base['perplexity']:.2f} on {base['num_tokens']:,} tokens of {base['num_documents']} documents"]
     lines.append("headroom: " + ", ".join(f"{name} {value:.2f}" for name, value in headroom.items()))
@@ -112,20 +112,20 @@ def describe_probes(probes: dict[str, Any]) -> str:
 
 
 def get_alphas(line: dict[str, Any]) -> list[float]:
-    """Alpha of a line of metrics, one a layer."""
+    """The alphas in a line of metrics, one per layer."""
     return list(line["alpha"].values())
 
 
 def get_perplexity(run: dict[str, Any], way: str) -> float:
-    """Of the held-out documents."""
+    """Perplexity of the held-out documents."""
     return run["evaluation"]["held_out"]["overall"]["perplexity"][way]["value"]
 
 
 def get_difference(run: dict[str, Any], other: str) -> dict[str, float]:
-    """Carried against another way, relative, with its interval."""
+    """The relative difference between carried and another way of reading, with its interval."""
     return run["evaluation"]["held_out"]["overall"]["differences"][other]["relative"]
 
 
 def as_list(alpha: Any) -> list[float]:
-    """Alpha of one layer or several."""
+    """Alpha as a list, for one layer or several."""
     return list(alpha.values()) if isinstance(alpha, dict) else [alpha]

@@ -15,7 +15,7 @@ PROGRAMS = {
     "layers": "one layer, forward",
     "long_context": "streaming evaluation",
     "memory_fill": "| 8,192 |",
-    "processes": "stopped by SIGTERM, gone on as another",
+    "processes": "stopped by SIGTERM, resumed as another kind",
     "study_costs": "training steps of novels",
 }
 

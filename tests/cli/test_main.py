@@ -199,7 +199,7 @@ CASES = [
     ("study mechanisms --jobs 0", "--jobs: 0"),
     ("study mechanism", "not one of New-LLM's own studies: ablations, "),
     ("train-adapter --out adapter.bin", "must end with"),
-    ("train-adapter --train.sharding fsdp", "trains with ddp"),
+    ("train-adapter --train.sharding fsdp", "an adapter needs ddp"),
     ("train-adapter --segments-per-sample 3", "not a multiple"),
     ("eval", "choose one of doctor, long, measures, positions, ppl, recall, reversal (see new-llm eval --help)"),
     ("eval nope", "unknown command 'eval nope'; allowed are doctor, long, measures, positions, ppl, recall, reversal"),

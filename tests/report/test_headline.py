@@ -38,7 +38,7 @@ def test_the_headline_claims_no_more_than_was_measured(outcome):
     assert "There is only one model, and nothing to compare it with." in outcome(80.0)
     assert outcome(None, float("nan")).startswith("No model has been evaluated")
     assert "Not evaluated: pythia." in outcome(float("inf"), 76.0)
-    assert "spread between seeds is unmeasured" in outcome(80.0, 76.0)
+    assert "spread between seeds is unknown" in outcome(80.0, 76.0)
 
 
 def share_documents(results: dict[str, Any], *losses: list[float]) -> None:
