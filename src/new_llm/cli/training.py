@@ -47,7 +47,7 @@ class TrainingCommand(Command):
     """A YAML file with settings, or the name of a configuration that comes with New-LLM, e.g. quick; other flags
     override its settings. None: the defaults shown here."""
     resume: bool = False
-    """Continue the interrupted run --name; with more --epochs, train a finished run further."""
+    """Continue the interrupted run given by --name; with more --epochs, train a finished run further."""
     settings: Any
 
     @classmethod

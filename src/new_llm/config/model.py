@@ -156,7 +156,7 @@ class GenerationConfig:
     stop_strings: Annotated[tuple[StopString, ...], BeforeValidator(_as_tuple), short("--stop")] = ()
     """Strings that end a continuation; its text ends before them."""
     eos_token_id: Annotated[tuple[TokenId, ...], BeforeValidator(_as_tuple)] = ()
-    """Ids of tokens that end a continuation."""
+    """Ids of tokens that end a continuation; empty: none (in `new-llm generate`, the tokenizer's end-of-text token)."""
     pad_token_id: TokenId = 0
     """Fills rows that end before the others."""
     seed: Annotated[int, Field(ge=0)] = 0

@@ -72,7 +72,7 @@ MAY_CHANGE = (
     "train.keep_checkpoints",
     "train.keep_last_checkpoint",
 )
-"""Settings that do not affect a run's results; a resumed run may change them."""
+"""Settings of where and how a run is computed; a resumed run may change them."""
 LENGTHS = ("train.num_epochs", "train.cpu_seconds", "train.patience")
 """Settings of how long a run trains; a resumed run may change them, and this is recorded."""
 TOKENIZER_LEVELS = 3

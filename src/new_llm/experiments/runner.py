@@ -227,7 +227,7 @@ class Run(ABC, Generic[Config]):
             folders = [folder for folder in folders if not results[folder].get("training", {}).get("stopped_early")]
         for folder in folders:
             if (folder / MODEL_RESULT_FILE).exists() and not list_checkpoints(folder):
-                raise UserError(f"{folder}: no checkpoint to continue from (train.keep_last_checkpoint was off)")
+                raise UserError(f"{folder}: no checkpoint to continue from (see train.keep_last_checkpoint)")
         return changes, folders
 
     def _lengthen(self, changes: Sequence[str], folders: Sequence[Path]) -> None:

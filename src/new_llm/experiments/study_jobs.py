@@ -122,8 +122,8 @@ def open_pool(work: Work, folder: Path, jobs: int | None, cluster: ClusterConfig
     """The pool for a study's cells, `jobs` at once; None: one in this process, or on a cluster all at once."""
     if cluster.executor is not None:
         executor = make_executor(cluster, folder / JOBS_FOLDER)
-        cores = jobs if cluster.executor == "local" else None
-        return Pool(folder, jobs, partial(ClusterJob, executor, cores, work))
+        sharing = jobs if cluster.executor == "local" else None
+        return Pool(folder, jobs, partial(ClusterJob, executor, sharing, work))
     if jobs is None or jobs == 1:
         return Pool(folder, 1, partial(InTurn, work))
     return Pool(folder, jobs, partial(start_process, jobs, work))
@@ -199,10 +199,10 @@ def share_cores(jobs: int) -> Iterator[None]:
 
 
 class ClusterJob:
-    """A run submitted as a job by submitit; `jobs`, if given: it gets this share of this machine's cores."""
+    """A run submitted as a job by submitit; with `jobs`, it gets 1/jobs of this machine's cores."""
 
-    def __init__(self, executor: Any, cores: int | None, *arguments: Any) -> None:
-        with share_cores(cores) if cores else nullcontext():
+    def __init__(self, executor: Any, jobs: int | None, *arguments: Any) -> None:
+        with share_cores(jobs) if jobs else nullcontext():
             self.job = executor.submit(Job(), *arguments)
 
     @property

@@ -33,7 +33,7 @@ VARIABLES = {color: f"--series-{place}" for place, color in enumerate(PALETTE)} 
 
 
 def find_obstacle() -> str | None:
-    """Why charts can't be drawn on this machine; None: they can. Without this check the drawing engine would crash."""
+    """Why charts can't be drawn here; None: they can. Without this check the drawing engine would end the process."""
     limit = read_address_limit()
     if limit is None or limit >= ENGINE_BYTES:
         return None

@@ -123,7 +123,7 @@ def describe_memory(series: Sequence[Series]) -> str:
         effect = compare(caches[0], caches[1], ("caches", "bare"), ("caches", strongest))
         if effect is not None and strongest != "bare":
             stored = "states and of the text" if strongest == "+ all" else strongest.removeprefix("+ ")
-            text += f" Compared with {baseline.name} with a cache of {stored}, which needs no training, "
+            text += f" Against {baseline.name} with a cache of {stored}, which needs no training, "
             text += f"it is {_say_difference(effect)}."
     return text
 

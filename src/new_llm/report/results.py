@@ -280,7 +280,7 @@ def list_differences(series: Sequence[Series]) -> list[tuple[str, list[str]]]:
 
 
 def list_places(series: Sequence[Series]) -> list[Place]:
-    """The measures and texts of all results: the run's own text first, then in the order of the longest results."""
+    """The measures and texts of all results: the run's own text first, then in the order of the fullest results."""
     measured = [member.measured for one in series for member in one.members]
     found = dict.fromkeys(place for one in sorted(measured, key=len, reverse=True) for place in one)
     texts = sorted({text for _, text in found}, key=lambda text: (text != OWN_TEXT, text))
