@@ -33,7 +33,6 @@ PROGRAMS = {  # with the arguments of a quick run, whose figures mean nothing
 
 
 def describe_machine() -> list[str]:
-    """The machine and the versions, as lines of Markdown."""
     import torch
     import transformers
 
@@ -72,7 +71,6 @@ def run_child(program: str, output: Path, arguments: list[str]) -> None:
 
 
 def format_table(table) -> str:
-    """A rich table as Markdown."""
     columns = [[str(column.header), *map(str, column.cells)] for column in table.columns]
     header, *rows = zip(*columns, strict=True)
     marks = ("---:" if column.justify == "right" else "---" for column in table.columns)
@@ -81,7 +79,6 @@ def format_table(table) -> str:
 
 
 def run_program(program: str, is_quick: bool) -> str:
-    """The program's section of the page."""
     arguments = PROGRAMS[program] if is_quick else []
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:

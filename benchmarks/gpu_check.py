@@ -669,7 +669,6 @@ SECTIONS = {
 
 
 def run_section(name: str, scale: Scale, folder: Path) -> None:
-    """Print a section's rows as lines of JSON."""
     section = SECTIONS[name]
     torch.manual_seed(0)
     for row in section.run(scale, folder) if section.takes_folder else section.run(scale):
@@ -703,7 +702,6 @@ def follow_section(name: str, command: list[str], limit: float, report: Row, wri
 
 
 def format_page(report: Row) -> str:
-    """The results as Markdown: a table for each section."""
     lines = ["# GPU check", "", f"Begun {report['begun']}.{' A REHEARSAL.' if report['is_rehearsal'] else ''}", ""]
     for name, found in report["sections"].items():
         lines += [f"## {SECTIONS[name].title}", "", f"{found['state']}, {found['seconds']} s.", ""]

@@ -103,7 +103,6 @@ def load_batch(job: Job, device: torch.device) -> torch.Tensor:
 
 
 def make_model(job: Job) -> Any:
-    """The model with fresh weights."""
     torch.manual_seed(0)
     shape = job.shape
     if job.model == HUGGING_FACE:
@@ -130,7 +129,6 @@ def make_all_infini(size: str) -> dict[str, Any]:
 
 
 def make_hugging_face(shape: PythiaConfig) -> Any:
-    """transformers' GPT-NeoX with fresh weights."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "rotary_pct")
@@ -253,7 +251,6 @@ def count_operations(shape: PythiaConfig, tokens: int) -> float:
 
 
 def make_step(job: Job, device: torch.device, *, backend: str = "inductor") -> Callable[[], object]:
-    """The function to be timed."""
     if job.task == "products":
         return make_products(job, device)
     text = load_batch(job, device)

@@ -89,7 +89,6 @@ def make_model_step(name: str, arguments: argparse.Namespace) -> Callable[[], No
 
 
 def measure_peak(what: str, name: str, arguments: argparse.Namespace) -> int:
-    """Peak memory, in bytes, of a process that runs two steps."""
     options = {"tokens": arguments.tokens, "segment": arguments.segment, "layers": arguments.layers}
     command = [sys.executable, __file__, "--child", what, name, "--device", arguments.device]
     for option, value in options.items():

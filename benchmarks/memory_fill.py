@@ -74,7 +74,6 @@ class Clock:
 
 
 def measure_speeds(folder: Path, device: torch.device) -> list[dict[str, float]]:
-    """Measure one round, in this process."""
     model, tokenizer = load_run_model(folder)
     other, _ = load_run_model(folder)
     model.to(device), other.to(device)

@@ -67,7 +67,6 @@ class Ways:
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
     def run(self, way: str, model: str, name: str, *, resume: bool = False) -> dict[str, Any]:
-        """Train to the end; returns the model's result."""
         process = self.start(way, model, name, resume=resume)
         said, _ = process.communicate()
         if process.returncode:

@@ -24,7 +24,6 @@ GPT_NEOX = "GPT-NeoX"
 def bench(
     console: Console, task: str, curve: str, points: dict[str, tuple[str, int]], arguments: argparse.Namespace
 ) -> None:
-    """Print a table for each point (size, rows) of a curve."""
     for point, (size, rows) in points.items():
         job = Job(task, size=size, rows=rows, tokens=arguments.tokens, device=arguments.device)
         jobs = {

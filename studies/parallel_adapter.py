@@ -119,7 +119,6 @@ def make_config(folder: Path, name: str, seed: int) -> AdapterTrainingConfig:
 
 
 def make_base(folder: Path) -> None:
-    """Train the small Pythia, and export it with its tokenizer."""
     if (folder / "neox" / "config.json").exists():
         return
     run = folder / "base"
@@ -196,7 +195,6 @@ def probe_headroom(config: AdapterTrainingConfig, source: Any, data: PreparedDat
 
 
 def run_probes(folder: Path) -> None:
-    """Make the measurements that need no training."""
     if read_json(folder / "probes.json") is not None:
         return
     config = make_config(folder, "probe", 0)

@@ -14,7 +14,6 @@ Results = dict[str, list[dict[str, Any]]]
 
 
 def draw(results: Results, probes: dict[str, Any], folder: Path) -> None:
-    """Write the charts into a folder and print the tables in Markdown."""
     draw_alpha(results, folder)
     draw_perplexity(results, probes, folder)
     draw_differences(results, folder)
@@ -101,7 +100,6 @@ def tabulate_gradients(gradients: dict[str, list[float]]) -> str:
 
 
 def describe_probes(probes: dict[str, Any]) -> str:
-    """The other probes, one line each."""
     base, headroom = probes["base"], probes["headroom"]
     lines = [f"base: {base['perplexity']:.2f} on {base['num_tokens']:,} tokens of {base['num_documents']} documents"]
     lines.append("headroom: " + ", ".join(f"{name} {value:.2f}" for name, value in headroom.items()))
@@ -112,12 +110,10 @@ def describe_probes(probes: dict[str, Any]) -> str:
 
 
 def get_alphas(line: dict[str, Any]) -> list[float]:
-    """The alphas in a line of metrics, one per layer."""
     return list(line["alpha"].values())
 
 
 def get_perplexity(run: dict[str, Any], way: str) -> float:
-    """Perplexity of the held-out documents."""
     return run["evaluation"]["held_out"]["overall"]["perplexity"][way]["value"]
 
 
@@ -127,5 +123,4 @@ def get_difference(run: dict[str, Any], other: str) -> dict[str, float]:
 
 
 def as_list(alpha: Any) -> list[float]:
-    """Alpha as a list, for one layer or several."""
     return list(alpha.values()) if isinstance(alpha, dict) else [alpha]

@@ -45,9 +45,7 @@ A laboratory for language models with compressive memory.
 commands:
 {commands}
 
-Options of a command: new-llm COMMAND --help
-Traceback of an error: --debug
-Version: new-llm --version"""
+new-llm COMMAND --help lists a command's options; --debug shows the traceback of an error, --version the version."""
 
 BUG, BAD_INPUT, INTERRUPTED = 1, 2, 130
 """Exit codes. System failures such as a full disk count as bad input, because the user can fix them."""
