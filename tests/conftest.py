@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import vl_convert
+from hypothesis import settings
 from rich.console import Console
 from tokenizers import Tokenizer
 
@@ -19,13 +20,14 @@ from new_llm.config import DataConfig
 from new_llm.data.sources import SOURCES, load_documents
 from new_llm.data.tokenizer import train_tokenizer
 from new_llm.evaluation import MEASURES
-from new_llm.experiments import run_experiment
-from new_llm.experiments.config import ExperimentConfig
+from new_llm.experiments import ExperimentConfig, run_experiment
 from new_llm.models.factory import MODEL_KINDS
 from new_llm.models.layers import LAYER_KINDS
 from new_llm.report import write_report
 
 DRAWS_ALL = "NEW_LLM_TESTS_DRAW_ALL"
+settings.register_profile("tests", deadline=None, max_examples=50)
+settings.load_profile("tests")
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -60,6 +62,7 @@ def make_tests_fast(tmp_path_factory: pytest.TempPathFactory):
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # in the commands that tests start, too
+        patch.setenv("TOKENIZERS_PARALLELISM", "false")
         patch.setenv("NEW_LLM_CACHE", str(tmp_path_factory.mktemp("token-cache")))
         patch.setattr(os, "fsync", lambda descriptor: None)
         patch.setattr(vl_convert, "vegalite_to_svg", draw_or_find)
@@ -92,7 +95,6 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture(scope="session")
 def addresses(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of a dozen State of the Union addresses, the beginning of each."""
     folder = tmp_path_factory.mktemp("addresses")
     for name, text in load_documents(DataConfig(source="sotu", max_documents=12)):
         (folder / f"{name}.txt").write_text(text[:3000], encoding="utf-8")
@@ -119,12 +121,12 @@ def untrained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trained_run(addresses: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The results of a finished experiment of infini and pythia, whose folder tests read and leave as it is."""
-    settings = tiny.make_settings(addresses, tmp_path_factory.mktemp("trained"))
-    settings["eval"] |= {
+    values = tiny.make_settings(addresses, tmp_path_factory.mktemp("trained"))
+    values["eval"] |= {
         "measures": ["sliding", "streaming", "positions", "reversal", "memory_usage", "long"],
         "long_documents": {"min_tokens": 64, "edges": [0, 64, 128]},
         "reversal": {"pairs_per_relation": 2, "num_resamples": 20},
         "memory_usage_segments": 4,
     }
-    config = ExperimentConfig(name="whole", models=("infini", "pythia"), **settings)
+    config = ExperimentConfig(name="whole", models=("infini", "pythia"), **values)
     return run_experiment(exp_config=config, console=Console(file=io.StringIO()), write_report=write_report)

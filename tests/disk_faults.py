@@ -60,9 +60,7 @@ def stop_everywhere(act: Callable[[], object], monkeypatch: pytest.MonkeyPatch, 
         yield number
 
 
-def edit_tensors(
-    record: dict[str, Any] | None = None, tensors: dict[str, Any] | None = None, *, digest: bool = True, **metadata: Any
-) -> Callable[[Path], None]:
+def edit_tensors(record=None, tensors=None, *, digest: bool = True, **metadata: Any) -> Callable[[Path], None]:
     """A change of a memory or adapter file: another record of layer 0, other tensors, other metadata.
 
     A number replaces a tensor's first one; None leaves a tensor or an entry out. The digest fits, unless `digest` is
@@ -92,6 +90,18 @@ def edit_tensors(
         if digest and "sha256" not in metadata:
             facts["sha256"] = hash_content(facts, held)
         torch.save({"metadata": facts, "tensors": held}, path) if path.suffix == ".pt" else save_file(held, path, facts)
+
+    return change
+
+
+def edit_json(name: str, *, layer: dict[str, Any] | None = None, **values: Any) -> Callable[[Path], Any]:
+    """Other values in a folder's file, or in each of its layers."""
+
+    def change(folder: Path) -> None:
+        structure = json.loads((folder / name).read_text()) | values
+        for entry in structure["layers"] if layer else ():
+            entry |= layer
+        (folder / name).write_text(json.dumps(structure))
 
     return change
 

@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,8 +30,6 @@ TEXT = (
 
 @dataclass(frozen=True)
 class LayerCase:
-    """A layer kind and the options that it is built with."""
-
     kind: str
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -149,9 +146,7 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
             parameter.copy_(noise)
 
 
-def build_model(
-    layers: list[LayerCase], *, segment_length: int = 5, dtype: torch.dtype = torch.float64, seed: int = 0
-) -> TransformerLM:
+def build_model(layers, *, segment_length=5, dtype=torch.float64, seed=0) -> TransformerLM:
     """A model with random parameters, exactly representable in float32 so that precisions can be compared."""
     model = TransformerLM([case.build() for case in layers], VOCAB_SIZE, segment_length)
     randomize(model, seed)
@@ -186,22 +181,15 @@ def text_ids(rows: int, length: int, start: int = 0) -> Tensor:
     return torch.tensor([[data[(begin + t) % len(data)] for t in range(length)] for begin in begins])
 
 
-def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    assert actual.dtype == expected.dtype
+def assert_near(actual: Any, expected: Any, tolerance: float) -> None:
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def assert_same(
-    fast: Callable[..., Any],
-    naive: Callable[..., Any],
-    inputs: list[Tensor],
-    tolerance: float,
-    exact: list[Tensor] | None = None,
-) -> None:
+def assert_same(fast, naive, inputs: list[Tensor], tolerance: float, exact: list[Tensor] | None = None) -> None:
     """Results and all gradients of two functions are near; `exact` are wider inputs of the naive one."""
     sides = []
     for function, given in ((fast, inputs), (naive, exact or inputs)):

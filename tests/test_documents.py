@@ -12,9 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -105,7 +103,7 @@ def parse_script(script: Path, arguments: list[str], monkeypatch: pytest.MonkeyP
         assert not arguments, f"{script.name} takes no arguments"
 
 
-def read_arguments(run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def read_arguments(run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a program read its arguments, and then exit with them: an exit is what programs let pass."""
     parse = argparse.ArgumentParser.parse_args
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda *given, **named: sys.exit(parse(*given, **named)))
@@ -139,7 +137,7 @@ def test_commands_exist_and_take_their_flags(page, command, tmp_path, monkeypatc
     parse_command(words, monkeypatch)
 
 
-def read_figure(summary: dict[str, Any], name: str) -> tuple[float, ...]:
+def read_figure(summary, name: str) -> tuple[float, ...]:
     """A study's figure and its interval; differences of models are in nats, and are told as ratios."""
     variant, _, figure = name.partition(": ")
     entry = summary["variants"][variant]
@@ -296,17 +294,12 @@ def test_a_committed_study_can_run(path):
 
 
 def test_a_difference_that_a_page_tells_is_that_of_the_committed_losses():
-    ways = ("gated_delta-4-three/caches/+ all", "pythia/caches/+ all")
-    found = run_python(ROOT / "studies" / "compare.py", ROOT / "docs/experiments/novels/losses.json", *ways)
+    program, losses = ROOT / "studies" / "compare.py", ROOT / "docs/experiments/novels/losses.json"
+    found = run_python(program, losses, "gated_delta-4-three/caches/+ all", "pythia/caches/+ all")
     said, _, seeds = found.strip().rpartition(" ")
     assert said in (ROOT / "docs/experiments/novels.md").read_text(encoding="utf-8")
     assert seeds == "(3)"
-    unknown = [
-        sys.executable,
-        ROOT / "studies" / "compare.py",
-        ROOT / "docs/experiments/novels/losses.json",
-        "rwkv/bare",
-    ]
+    unknown = [sys.executable, program, losses, "rwkv/bare"]
     refused = subprocess.run(unknown, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert "rwkv/bare: not in the file; allowed are" in refused.stderr

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from tokenizers import Tokenizer
 
+from model_cases import TOKEN_RULE, UNIT_KEYS
 from new_llm import TransformerLM, create_model, evaluation
 from new_llm.config import DataConfig
 from new_llm.config.evaluation import EvalConfig, LongDocumentsConfig, RecallConfig
@@ -22,8 +23,7 @@ from new_llm.config.loading import settings_from_dict
 from new_llm.data.reversal_pairs import get_reversal_pairs
 from new_llm.data.sources import load_documents
 from new_llm.data.tokenizer import TokenSplit, tokenize_documents, train_tokenizer
-from new_llm.experiments import run_experiment
-from new_llm.experiments.config import ExperimentConfig
+from new_llm.experiments import ExperimentConfig, run_experiment
 from new_llm.models.layers import InfiniLayer, ParallelInfiniLayer, PythiaLayer
 from tiny import make_settings, make_shape
 
@@ -44,17 +44,7 @@ MODELS = {
     "infini-tuned": ("infini", TUNED),
     "infini-sum": ("infini", {"use_delta_rule": False, "num_memory_heads": 2}),
     "infini-softmax": ("infini", {"local_attention": "softmax", "num_memory_heads": 2}),
-    "infini-delta": (
-        "infini",
-        {
-            "key_features": "unit",
-            "use_normalizer": False,
-            "use_token_strength": True,
-            "use_token_decay": True,
-            "use_token_gate": True,
-            "convolution_size": 4,
-        },
-    ),
+    "infini-delta": ("infini", {**UNIT_KEYS, **TOKEN_RULE, "use_token_gate": True, "convolution_size": 4}),
     "infini-banks": ("infini", {"num_memory_banks": 2, "segments_per_bank": 1, "use_alibi": True}),
     "multi_memory": ("multi_memory", {"num_memories": 2}),
     "multi_memory-tuned": ("multi_memory", {**TUNED, "num_memories": 2, "normalize_keys": True}),

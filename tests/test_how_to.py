@@ -31,7 +31,6 @@ def folder(own_folder: Path) -> Path:
 
 
 def write_module(name: str, page: str, max_lines: int) -> None:
-    """The first block of a page as a module."""
     block = find_blocks(ROOT / "docs" / "how-to" / page, "python")[0]
     assert len(block.splitlines()) <= max_lines
     Path(f"{name}.py").write_text(block)

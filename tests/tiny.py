@@ -50,16 +50,7 @@ def make_shape(**changes: Any) -> PythiaConfig:
     return PythiaConfig(**({"vocab_size": 64} | SHAPE | changes))
 
 
-def make_model(
-    kind: str = "infini",
-    vocab_size: int = 384,
-    *,
-    seed: int = 0,
-    segment_length: int = 16,
-    spread: float = 0.3,
-    tied: bool = False,
-    **options: Any,
-) -> TransformerLM:
+def make_model(kind="infini", vocab_size=384, *, seed=0, segment_length=16, spread=0.3, tied=False, **options):
     """An untrained model whose weights are far enough apart for predictions and memories to differ."""
     torch.manual_seed(seed)
     shape = make_shape(vocab_size=vocab_size, initializer_range=spread, tie_word_embeddings=tied)

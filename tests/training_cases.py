@@ -1,6 +1,8 @@
 """Small trainings, in one process or in several on this machine."""
 
+import dataclasses
 import io
+import math
 import os
 import signal
 import socket
@@ -14,11 +16,12 @@ import torch.multiprocessing as mp
 from rich.console import Console
 
 import tiny
+from new_llm.data.batches import Batch
 from new_llm.data.tokenizer import TokenSplit
 from new_llm.evaluation import evaluate_streaming
 from new_llm.experiments.config import ExperimentConfig
 from new_llm.models import TransformerLM, create_model
-from new_llm.processes import ALONE, Processes, start_processes
+from new_llm.processes import ALONE, start_processes
 from new_llm.training import Trainer
 from new_llm.training.log import TrainingProgress, read_metrics
 
@@ -42,15 +45,7 @@ def make_config(**changes: Any) -> ExperimentConfig:
     return tiny.change(config, **changes)
 
 
-def make_trainer(
-    folder: Path,
-    kind: str = "infini",
-    *,
-    processes: Processes = ALONE,
-    lengths: tuple[int, ...] = LENGTHS,
-    options: dict[str, Any] | None = None,
-    **changes: Any,
-) -> Trainer:
+def make_trainer(folder, kind="infini", *, processes=ALONE, lengths=LENGTHS, options=None, **changes) -> Trainer:
     """A trainer of a small model; `changes` as in `make_config`, `lengths` of the documents."""
     config = make_config(**changes)
     torch.manual_seed(0)
@@ -69,7 +64,6 @@ def make_trainer(
 
 
 def read_curve(folder: Path) -> list[float]:
-    """Losses and gradient norms of the steps, training and validation losses of the epochs."""
     names = ("loss", "grad_norm", "train_loss", "validation_loss")
     return [line[name] for line in read_metrics(folder) for name in names if name in line]
 
@@ -124,3 +118,25 @@ def stop_at(trainer: Trainer, step: int, rank: int = 0) -> None:
             signal.raise_signal(signal.SIGTERM)
 
     trainer._train_step = train
+
+
+def spoil(trainer: Trainer, steps: set[int], factor: float = float("nan")) -> dict[str, list]:
+    """Multiply the loss of some steps (from 1), and for NaN the memory too; returns what was met."""
+    forward, met = trainer._forward, {"batches": [], "weights": []}
+
+    def spoiled(batch: Batch) -> torch.Tensor:
+        step = trainer.state.step + 1
+        if step not in steps:
+            return forward(batch)
+        met["batches"].append(batch)
+        met["weights"].append(list_weights(trainer.model))
+        loss = forward(batch) * factor
+        if math.isnan(factor):
+            trainer.model._held = [
+                held and dataclasses.replace(held, memories=held.memories * factor, norms=held.norms * factor)
+                for held in trainer.model._held
+            ]
+        return loss
+
+    trainer._forward = spoiled
+    return met

@@ -10,20 +10,13 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from new_llm import evaluation
 from new_llm.cli import evaluate
 from new_llm.cli.main import main
 from new_llm.config.model import CacheConfig
 from new_llm.data.dataset import prepare_data
 from new_llm.data.reversal_pairs import draw_pairs, get_reversal_pairs
 from new_llm.data.tokenizer import END_OF_TEXT, TokenSplit, read_tokenizer_file, tokenize_documents
-from new_llm.evaluation import (
-    CachedModel,
-    evaluate_independent,
-    evaluate_reversal_curse,
-    evaluate_rolling,
-    evaluate_sliding_window,
-    evaluate_streaming,
-)
 from new_llm.experiments.config import ExperimentConfig
 from new_llm.experiments.run_folder import write_json
 from new_llm.models import save_model
@@ -41,7 +34,6 @@ plays,Eve,the horn,{subject} plays {object}.,The one who plays {object} is {subj
 
 @pytest.fixture(scope="module")
 def run(untrained_run, tmp_path_factory) -> Path:
-    """A copy of the folder of untrained models, and a model of transformers with the same tokenizer."""
     run = tmp_path_factory.mktemp("runs") / "tiny"
     shutil.copytree(untrained_run, run)
     torch.manual_seed(0)
@@ -52,13 +44,8 @@ def run(untrained_run, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def text(run) -> Path:
-    return run / "0.txt"
-
-
-@pytest.fixture(scope="module")
-def split(run, text) -> TokenSplit:
-    return tokenize_documents([text.read_text()], read_tokenizer_file(run / "tokenizer.json"))
+def split(run) -> TokenSplit:
+    return tokenize_documents([(run / "0.txt").read_text()], read_tokenizer_file(run / "tokenizer.json"))
 
 
 def measure(kind: str, run: Path, *arguments: object, code: int = 0) -> dict:
@@ -70,10 +57,10 @@ def measure(kind: str, run: Path, *arguments: object, code: int = 0) -> dict:
     return json.loads(out.read_text())
 
 
-def test_a_cache_is_tuned_on_the_text_that_is_named_for_it(run, text, split, tmp_path, capsys):
+def test_a_cache_is_tuned_on_the_text_that_is_named_for_it(run, split, tmp_path, capsys):
     other = tmp_path / "other.txt"
     other.write_text(SPEECHES[1][:2000], encoding="utf-8")
-    plain = ["--data.source", text, "--protocol", "streaming"]
+    plain = ["--data.source", run / "0.txt", "--protocol", "streaming"]
     flags = [*plain, "--cache", 30, "--ngrams", 2]
     given = measure("ppl", run, *flags)
     tuned = measure("ppl", run, *flags, "--cache.tuning-source", other, "--cache.tuning-tokens", 200)
@@ -87,19 +74,21 @@ def test_a_cache_is_tuned_on_the_text_that_is_named_for_it(run, text, split, tmp
     assert given["subject"]["cache"]["tuned_on"] is None
     assert (facts["size"]["state_numbers"], facts["size"]["bytes_per_token"]) == (30 * 33, 2)
     config = CacheConfig(num_states=30, ngram_order=2, theta=facts["theta"], weights=facts["weights"])
-    expected = evaluate_streaming(CachedModel(load_best(run, "infini"), config), split, batch_size=1)
+    model = evaluation.CachedModel(load_best(run, "infini"), config)
+    expected = evaluation.evaluate_streaming(model, split, batch_size=1)
     assert tuned["result"]["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
 
 
-def test_each_protocol_is_the_library_s_and_its_record_says_what_how_and_by_which_code(run, text, split):
+def test_each_protocol_is_the_library_s_and_its_record_says_what_how_and_by_which_code(run, split):
     model, prefix = load_best(run, "infini"), read_tokenizer_file(run / "tokenizer.json").token_to_id(END_OF_TEXT)
+    rows = {"batch_size": 8}
     for protocol, flags, expected in (
-        ("streaming", [], evaluate_streaming(model, split, batch_size=8)),
-        ("independent", [], evaluate_independent(model, split, batch_size=8)),
-        ("sliding", ["--stride", 16], evaluate_sliding_window(model, split, context=48, stride=16, batch_size=8)),
-        ("rolling", [], evaluate_rolling(model, split, context=48, batch_size=8, prefix_token=prefix)),
+        ("streaming", [], evaluation.evaluate_streaming(model, split, **rows)),
+        ("independent", [], evaluation.evaluate_independent(model, split, **rows)),
+        ("sliding", ["--stride", 16], evaluation.evaluate_sliding_window(model, split, context=48, stride=16, **rows)),
+        ("rolling", [], evaluation.evaluate_rolling(model, split, context=48, prefix_token=prefix, **rows)),
     ):
-        record = measure("ppl", run, "--data.source", text, "--protocol", protocol, "--context", 48, *flags)
+        record = measure("ppl", run, "--data.source", run / "0.txt", "--protocol", protocol, "--context", 48, *flags)
         assert record["result"]["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
         assert record["kind"] == record["result"]["protocol"] == protocol
     assert record["status"] == "complete"
@@ -108,13 +97,14 @@ def test_each_protocol_is_the_library_s_and_its_record_says_what_how_and_by_whic
     assert record["environment"]["precision"] == "fp32"
     assert (record["subject"]["model"], record["subject"]["segment_length"]) == ("infini", 48)
     assert len(record["subject"]["weights_fingerprint"]) == 64
-    assert (record["text"]["source"], record["text"]["num_bytes"]) == (str(text), len(text.read_bytes()))
+    assert record["text"]["source"] == str(run / "0.txt")
+    assert record["text"]["num_bytes"] == (run / "0.txt").stat().st_size
     assert record["settings"]["segments_per_call"] == 8
 
 
-def test_by_default_the_record_lies_in_the_folder_of_evaluations(run, text, tmp_path, monkeypatch):
+def test_by_default_the_record_lies_in_the_folder_of_evaluations(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = ["eval", "ppl", "--run", str(run), "--model", "pythia", "--data.source", str(text)]
+    flags = ["eval", "ppl", "--run", str(run), "--model", "pythia", "--data.source", str(run / "0.txt")]
     assert main(flags) == main(flags) == 0
     (path,) = (tmp_path / "runs" / "evaluations").iterdir()  # no experiment's folder; the same again, the same name
     assert path.name.startswith("sliding-pythia-")
@@ -134,8 +124,8 @@ def test_wikitext_s_text_is_one_document_unless_its_articles_are_asked_for(run, 
         assert json.loads(out.read_text())["text"]["num_documents"] == count
 
 
-def test_inspect_makes_a_page_of_a_text(run, text, capsys):
-    assert main(["inspect", "--run", str(run), "--model", "infini", "--text", str(text)]) == 0
+def test_inspect_makes_a_page_of_a_text(run, capsys):
+    assert main(["inspect", "--run", str(run), "--model", "infini", "--text", str(run / "0.txt")]) == 0
     page = Path(capsys.readouterr().out.split("page: ")[1].splitlines()[0])
     source = page.read_text(encoding="utf-8")
     assert 'class="card passages"' in source
@@ -226,7 +216,7 @@ def test_pairs_drawn_for_each_relation(known_run, capsys):
     model, options = load_best(known_run, "infini"), {"num_resamples": 200, "confidence": 0.9, "seed": 3}
     assert record["text"] == record["result"].pop("text")
     assert record["result"].pop("places") == {}  # the knowledge is in the weights alone
-    assert record["result"] == evaluate_reversal_curse(model, tokenizer, pairs, **options).to_dict()
+    assert record["result"] == evaluation.evaluate_reversal_curse(model, tokenizer, pairs, **options).to_dict()
     assert (record["kind"], record["status"]) == ("reversal", "complete")
     assert (record["text"]["num_pairs"], record["text"]["num_own"], record["text"]["num_trained"]) == (20, 20, 240)
     assert (record["settings"]["seed"], record["settings"]["pairs_per_relation"]) == (3, 2)

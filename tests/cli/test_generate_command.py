@@ -46,7 +46,9 @@ def test_text_goes_to_stdout_and_statistics_to_stderr_and_stop_ends_the_text(unt
     assert int(found[1]) == 40
     stop = text[len(PROMPT) :][4:7]
     assert call(untrained_run, "--max-new-tokens", 40, "--stop", stop) == 0
-    assert capsys.readouterr().out == PROMPT + text[len(PROMPT) :].split(stop)[0] + "\n"
+    captured = capsys.readouterr()
+    assert captured.out == PROMPT + text[len(PROMPT) :].split(stop)[0] + "\n"
+    assert int(re.fullmatch(STATISTICS, captured.err)[1]) < 40
 
 
 def test_streamed_text_is_the_text(untrained_run, capsys):

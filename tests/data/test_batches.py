@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
@@ -55,7 +55,6 @@ plans = st.fixed_dictionaries(
 
 @pytest.mark.parametrize("order", ["stream", "shuffled"])
 @given(arguments=plans)
-@settings(max_examples=40, deadline=None)
 def test_every_sample_is_used_once_and_its_labels_are_its_tokens_and_the_document_s_next_one(order, arguments):
     split = make_split(arguments.pop("lengths"))
     T, used = arguments["seq_length"], []
@@ -80,7 +79,6 @@ def test_every_sample_is_used_once_and_its_labels_are_its_tokens_and_the_documen
 
 
 @given(arguments=plans)
-@settings(max_examples=40, deadline=None)
 def test_stream_rows_read_documents_in_order_and_reset_between_them(arguments):
     split = make_split(arguments.pop("lengths"))
     T, B = arguments["seq_length"], arguments["batch_size"]
@@ -104,7 +102,6 @@ def test_stream_rows_read_documents_in_order_and_reset_between_them(arguments):
 
 
 @given(arguments=plans)
-@settings(max_examples=40, deadline=None)
 def test_shuffled_samples_all_start_from_empty_memory(arguments):
     split = make_split(arguments.pop("lengths"))
     batches = list(plan_batches(split, order="shuffled", **arguments))
@@ -114,7 +111,6 @@ def test_shuffled_samples_all_start_from_empty_memory(arguments):
 
 @pytest.mark.parametrize("order", ["stream", "shuffled"])
 @given(arguments=plans, num_samples=st.integers(1, 30), num_pinned=st.integers(0, 3))
-@settings(max_examples=40, deadline=None)
 def test_a_subset_is_the_same_in_every_epoch_and_holds_the_pinned_documents(order, arguments, num_samples, num_pinned):
     lengths = arguments.pop("lengths")
     num_pinned = min(num_pinned, len(lengths))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from disk_faults import flip, tear
@@ -396,7 +396,6 @@ def test_validation_documents_of_their_own_are_not_trained_on(config, tmp_path):
 
 
 @given(text=st.text())
-@settings(deadline=None)
 def test_a_trained_tokenizer_loses_nothing(tokenizer, text):
     split = tokenize_documents([text, END_OF_TEXT], tokenizer)
     assert [tokenizer.decode(split.document(i).tolist()) for i in range(2)] == [text, END_OF_TEXT]

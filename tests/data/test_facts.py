@@ -4,10 +4,8 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from importlib import resources
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -31,19 +29,12 @@ SPLIT = tokenize_documents([" ".join(SPEECHES), *SPEECHES], TOKENIZER)
 NAME = "[A-Z][A-Za-z]+ [A-Z][A-Za-z]+"
 
 
-class Planted(NamedTuple):
-    """A sample with facts, the text before it had them, and the marked answers: where each begins, and its text."""
-
-    text: str
-    before: str
-    answers: list[tuple[str, str]]
-
-
 def decode(tokens: np.ndarray) -> str:
     return TOKENIZER.decode(tokens.tolist(), skip_special_tokens=False)
 
 
-def plant(*, seed: int = 0, size: int = 500, epochs: int = 1, **changes: object) -> Iterator[Planted]:
+def plant(*, seed: int = 0, size: int = 500, epochs: int = 1, **changes: object):
+    """Samples with facts, their text before, and the marked answers: the text before each, and its own."""
     planter = recall_facts.SamplePlanter(TOKENIZER, replace(CONFIG, **changes), seed)
     for epoch, begin in itertools.product(range(epochs), range(0, 8 * size if epochs == 1 else size, size)):
         sample = SPLIT.document(0)[begin : begin + size].astype(np.int64)
@@ -53,7 +44,7 @@ def plant(*, seed: int = 0, size: int = 500, epochs: int = 1, **changes: object)
         assert tokens.shape == is_answer.shape == sample.shape
         edges = np.flatnonzero(np.diff(is_answer.astype(int), prepend=0, append=0)).reshape(-1, 2)
         whole = edges[edges[:, 1] < size]  # the last one may have been cut
-        yield Planted(decode(tokens), decode(sample), [(decode(tokens[:a]), decode(tokens[a:b])) for a, b in whole])
+        yield decode(tokens), decode(sample), [(decode(tokens[:a]), decode(tokens[a:b])) for a, b in whole]
 
 
 def find_statements(text: str, part: str, value: str = "", name: str = "") -> list[tuple[int, str, str]]:
@@ -91,8 +82,8 @@ def test_each_fact_is_stated_twice_and_its_second_answer_marked_and_nothing_else
 @pytest.mark.parametrize("made_up", [0, 1])
 def test_a_changed_fact_is_asked_for_after_both_its_statements(made_up):
     found = 0
-    for planted in plant(planted_tasks=("changed",), planted_distance=(2, 60), planted_made_up=made_up):
-        for before, answer in planted.answers:
+    for *_, answers in plant(planted_tasks=("changed",), planted_distance=(2, 60), planted_made_up=made_up):
+        for before, answer in answers:
             (question,) = [
                 one.group()
                 for relation in FACTS["relations"]
@@ -109,9 +100,9 @@ def test_a_changed_fact_is_asked_for_after_both_its_statements(made_up):
 def test_a_fact_told_backward_ends_with_its_name(made_up):
     """Before it the same fact is told forward, and only the name is marked; a sample's values are of one relation."""
     found = 0
-    for planted in plant(planted_backward=1.0, planted_made_up=made_up, planted_relations=1):
+    for *_, answers in plant(planted_backward=1.0, planted_made_up=made_up, planted_relations=1):
         values: list[str] = []
-        for before, name in planted.answers:
+        for before, name in answers:
             if not values:
                 (relation,) = [r for r in FACTS["relations"] if before.endswith(r["backward"].partition("{value}")[2])]
                 start, _, end = relation["backward"].partition("{value}")

@@ -4,7 +4,6 @@ import gzip
 import json
 import lzma
 import re
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -196,25 +195,20 @@ def test_a_small_file_that_unpacks_without_end_is_rejected(tmp_path, name, monke
 
 
 @pytest.mark.parametrize(
-    ("returned", "said"),
+    ("code", "said"),
     [
-        (["a", None], "source_of_mine:read: document 2 is neither a text nor a pair (name, text)"),
-        ([("a", "b", "c")], "document 1 is neither a text nor a pair"),
-        ("abc", "returned a value of type str in place of several documents"),
-        (None, "returned a value of type NoneType"),
-        (["a", "half \ud83d"], "source_of_mine:read:2: half a surrogate pair in the text"),
+        (
+            "def read(config): return ['a', None]",
+            "own_source:read: document 2 is neither a text nor a pair (",
+        ),
+        ("def read(config): return [('a', 'b', 'c')]", "document 1 is neither a text nor a pair"),
+        ("def read(config): return 'abc'", "returned a value of type str in place of several documents"),
+        ("def read(config): return None", "returned a value of type NoneType"),
+        (r"def read(config): return ['a', 'half \ud83d']", "own_source:read:2: half a surrogate pair in the text"),
+        ("", "no read"),
+        ("def read(): return ['a']", "function of one argument"),
     ],
 )
-def test_documents_may_be_texts_and_nothing_else(tmp_path, monkeypatch, returned, said):
-    (tmp_path / "source_of_mine.py").write_text(f"def read(config):\n    return {returned!a}")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "source_of_mine", raising=False)
-    assert said in read_error("source_of_mine", "source_of_mine:read")
-
-
-@pytest.mark.parametrize(("name", "said"), [("missing", "no missing"), ("other", "function of one argument")])
-def test_a_source_is_a_function_of_one_argument(tmp_path, monkeypatch, name, said):
-    (tmp_path / "source_of_mine.py").write_text("def other():\n    return ['a']")
-    monkeypatch.delitem(sys.modules, "source_of_mine", raising=False)
-    monkeypatch.syspath_prepend(tmp_path)
-    assert said in read_error("source_of_mine", f"source_of_mine:{name}")
+def test_a_source_is_a_function_of_one_argument_that_returns_documents(own_folder, code, said):
+    (own_folder / "own_source.py").write_text(code)
+    assert said in read_error("own_source", "own_source:read")

@@ -28,9 +28,7 @@ def read_naively(model: TransformerLM, tokens: list[int]) -> list[float]:
         return model.token_losses(ids[:, :-1], ids)[0].tolist() if len(tokens) > 1 else []
 
 
-def make_tiny_model(
-    kind: str, vocab_size: int, segment_length: int, *, spread: float = 0.2, **options
-) -> TransformerLM:
+def make_tiny_model(kind, vocab_size, segment_length, *, spread=0.2, **options) -> TransformerLM:
     return make_model(kind, vocab_size, segment_length=segment_length, spread=spread, **options).eval()
 
 

@@ -32,18 +32,16 @@ CONFIG = CacheConfig(num_states=12, ngram_order=3, longest_match=True, theta=3.0
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def neox(tmp_path_factory):
+    """A checkpoint, and by transformers alone the losses of each token but a document's first.
+
+    Segments are read alone, the cache sees all.
+    """
     torch.manual_seed(0)
     config = GPTNeoXConfig(**SHAPE, intermediate_size=32, max_position_embeddings=SEGMENT, initializer_range=0.5)
-    path = tmp_path_factory.mktemp("neox")
-    GPTNeoXForCausalLM(config).save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def expected_losses(folder):
-    """By transformers alone, of each token but a document's first: segments are read alone, the cache sees all."""
-    model, losses = GPTNeoXForCausalLM.from_pretrained(folder).double().eval(), []
+    model, losses, path = GPTNeoXForCausalLM(config).eval(), [], tmp_path_factory.mktemp("neox")
+    model.save_pretrained(path)
+    model.double()
     for tokens in DOCUMENTS:
         cache = TextCache(CONFIG)
         losses.append([])
@@ -55,16 +53,15 @@ def expected_losses(folder):
             mixed = cache.mix(states, piece, found.logits[0].softmax(-1))
             losses[-1] += [-math.log(shares[token]) for shares, token in zip(mixed, tokens[begin + 1 :], strict=False)]
             cache.add(states, piece)
-    return losses
+    return path, losses
 
 
 @pytest.mark.parametrize(
     "wrap", [load_pythia, lambda path: evaluation.HuggingFaceLM(GPTNeoXForCausalLM.from_pretrained(path))]
 )
 @pytest.mark.parametrize(("batch_size", "segments_per_call"), [(4, 1), (9, 20)])
-def test_streams_equal_a_loop_written_with_transformers_alone(
-    folder, expected_losses, wrap, batch_size, segments_per_call
-):
+def test_streams_equal_a_loop_written_with_transformers_alone(neox, wrap, batch_size, segments_per_call):
+    folder, expected_losses = neox
     model = evaluation.CachedModel(wrap(folder), CONFIG).double()
     scorer = Scorer(model, [np.array(tokens) for tokens in DOCUMENTS], {"batch_size": batch_size})
     found = join_scores(scorer.score_streams(segments_per_call))
@@ -133,19 +130,17 @@ def measure(model, split, max_tokens=None, **hooks):
     return evaluation.Caches().run(evaluation.Subject(model, None, split, settings, **hooks))
 
 
-@pytest.fixture(scope="module")
-def infini():
-    return make_tiny_model("infini", VOCAB_SIZE, SEGMENT, spread=0.02)
+INFINI = make_tiny_model("infini", VOCAB_SIZE, SEGMENT, spread=0.02)
 
 
-def test_each_half_is_measured_with_the_settings_of_the_other(infini):
+def test_each_half_is_measured_with_the_settings_of_the_other():
     split = make_split(REPEATED)
-    result = measure(infini, split)
+    result = measure(INFINI, split)
     assert [found["name"] for found in result["caches"]] == [
         "bare", "+ 3 states", "+ 20 states", "+ unigrams", "+ trigrams", "+ longest match", "+ all"
     ]  # fmt: skip
     assert [entry["index"] for entry in result["documents"]] == [0, 1, 3, 4, 5]
-    plain = evaluation.evaluate_streaming(infini, split, batch_size=2).documents["total_nll"]
+    plain = evaluation.evaluate_streaming(INFINI, split, batch_size=2).documents["total_nll"]
     for entry in result["documents"]:
         assert sum(entry["total_nll"]["bare"]) == pytest.approx(plain[entry["index"]], rel=1e-6)
     for found in result["caches"][1:]:
@@ -153,10 +148,10 @@ def test_each_half_is_measured_with_the_settings_of_the_other(infini):
             tuned = found["settings"][half]
             others = [REPEATED[entry["index"]] for entry in result["documents"] if entry["half"] != half]
             config = CacheConfig(**{key: found[key] for key in ("num_states", "ngram_order", "longest_match")})
-            config = evaluation.tune_cache(infini, list(map(np.array, others)), config, SETTINGS)
+            config = evaluation.tune_cache(INFINI, list(map(np.array, others)), config, SETTINGS)
             assert (config.theta, np.array(config.weights).tolist()) == (tuned["theta"], tuned["weights"])
             streamed = evaluation.evaluate_streaming(
-                evaluation.CachedModel(infini, config), split, batch_size=3
+                evaluation.CachedModel(INFINI, config), split, batch_size=3
             ).documents["total_nll"]
             for entry in result["documents"]:
                 if entry["half"] == half:
@@ -180,8 +175,8 @@ def test_each_half_is_measured_with_the_settings_of_the_other(infini):
     assert everything["size"] == {"state_numbers": 20 * 33, "state_bytes": 20 * 130, "bytes_per_token": 2}
 
 
-def test_few_documents_have_no_interval_and_one_no_result(infini):
-    assert measure(infini, make_split(REPEATED[:3]))["caches"][-1]["relative"]["low"] is None
-    assert measure(infini, make_split(REPEATED[1:3])) is None
-    stopped = measure(infini, make_split(REPEATED), should_stop=iter([False, True]).__next__)
+def test_few_documents_have_no_interval_and_one_no_result():
+    assert measure(INFINI, make_split(REPEATED[:3]))["caches"][-1]["relative"]["low"] is None
+    assert measure(INFINI, make_split(REPEATED[1:3])) is None
+    stopped = measure(INFINI, make_split(REPEATED), should_stop=iter([False, True]).__next__)
     assert (len(stopped["documents"]), stopped["is_complete"]) == (2, False)

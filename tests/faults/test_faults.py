@@ -7,11 +7,9 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -102,9 +100,7 @@ def choose_instant(run: FaultRun, process: subprocess.Popen[str], aim: str, dice
         time.sleep(dice.uniform(0, 0.15))  # it takes a quarter of a second at least
 
 
-def kill_often(
-    run: FaultRun, aims: list[str], signals: list[signal.Signals], dice: random.Random
-) -> Iterator[tuple[str, signal.Signals, int, str]]:
+def kill_often(run: FaultRun, aims: list[str], signals: list[signal.Signals], dice: random.Random):
     """Start the run and end it by a signal, once for every aim; gives aim, signal, exit code and stderr."""
     for number, aim in enumerate(aims):
         process, sent = run.start(), signals[number % len(signals)]
@@ -117,7 +113,7 @@ def kill_often(
         yield aim, sent, process.returncode, err
 
 
-def drop_clock(value: Any) -> Any:
+def drop_clock(value):
     if isinstance(value, dict):
         return {key: drop_clock(entry) for key, entry in value.items() if key not in CLOCK}
     return [drop_clock(entry) for entry in value] if isinstance(value, list) else value
@@ -157,11 +153,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> FaultRun:
     return run
 
 
-@pytest.fixture
-def killed(tmp_path: Path) -> FaultRun:
-    return FaultRun(tmp_path / "runs" / "killed")
-
-
 def order_aims(aims: list[str], dice: random.Random) -> list[str]:
     """In random order, and three more: while the first model is measured, while the second is, and at once again."""
     mixed = dice.sample(aims, len(aims))
@@ -170,7 +161,8 @@ def order_aims(aims: list[str], dice: random.Random) -> list[str]:
 
 
 @pytest.mark.slow
-def test_25_sigkills_at_random_instants_change_nothing(whole, killed, dice, capsys):
+def test_25_sigkills_at_random_instants_change_nothing(whole, tmp_path, dice, capsys):
+    killed = FaultRun(tmp_path / "runs" / "killed")
     aims = order_aims(["start"] * 3 + ["checkpoint"] * 9 + ["training"] * 10, dice)
     num_torn = 0
     for number, (aim, _, code, err) in enumerate(kill_often(killed, aims, [signal.SIGKILL], dice)):
@@ -185,7 +177,8 @@ def test_25_sigkills_at_random_instants_change_nothing(whole, killed, dice, caps
 
 
 @pytest.mark.slow
-def test_sigterm_and_ctrl_c_at_random_instants_end_cleanly_and_change_nothing(whole, killed, dice):
+def test_sigterm_and_ctrl_c_at_random_instants_end_cleanly_and_change_nothing(whole, tmp_path, dice):
+    killed = FaultRun(tmp_path / "runs" / "killed")
     aims = order_aims(["start"] + ["checkpoint"] * 2 + ["training"] * 3, dice)
     for aim, sent, code, err in kill_often(killed, aims, [signal.SIGTERM, signal.SIGINT], dice):
         # In a process's first instants Python has not begun the program yet, and nothing is said.
@@ -200,11 +193,8 @@ def test_sigterm_and_ctrl_c_at_random_instants_end_cleanly_and_change_nothing(wh
     assert_same_end(killed, whole)
 
 
-NUM_FILLS = 6
-
-
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(tmp_path: Path):
     """A small tmpfs, where this process may mount one."""
     place = tmp_path / "disk"
     place.mkdir()
@@ -221,7 +211,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.slow
 def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_changes_nothing(whole, small_disk, dice):
     run = FaultRun(small_disk / "runs" / "full")
-    for number in range(NUM_FILLS):
+    for number in range(6):
         process = run.start()
         choose_instant(run, process, "training" if number % 2 else "checkpoint", dice)
         with (ballast := small_disk / "ballast").open("wb", buffering=0) as file, suppress(OSError):

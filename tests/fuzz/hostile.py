@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file, save_file
 
+from disk_faults import edit_json
+
 Change = Callable[[Path], Any]
 WEIGHTS, PICKLE, MEMORY, ADAPTER = "model.safetensors", "pytorch_model.bin", "memory.safetensors", "adapter.pt"
 
@@ -52,16 +54,6 @@ def put(make: Callable[[Path], Any], name: str) -> Change:
 
 def link_to_device(path: Path) -> None:
     path.symlink_to("/dev/zero")
-
-
-def edit(name: str, *, layer: dict[str, Any] | None = None, **values: Any) -> Change:
-    def change(folder: Path) -> None:
-        structure = json.loads((folder / name).read_text()) | values
-        for entry in structure["layers"] if layer else ():
-            entry |= layer
-        (folder / name).write_text(json.dumps(structure))
-
-    return change
 
 
 def put_nan(folder: Path) -> None:
@@ -137,9 +129,9 @@ HOSTILE = {
         ("a pickle", save_pickle("tokenizer.json"), "tokenizer|UTF-8"),
     ],
     "model folder": [
-        ("a huge vocabulary", edit("model.json", vocab_size=10**14), "vocab_size"),
-        ("millions of layers", edit("model.json", layers=[{"kind": "pythia"}] * 300_000), "at most 1024 items"),
-        ("a huge layer", edit("model.json", layer={"hidden_size": 1 << 40}), "hidden_size"),
+        ("a huge vocabulary", edit_json("model.json", vocab_size=10**14), "vocab_size"),
+        ("millions of layers", edit_json("model.json", layers=[{"kind": "pythia"}] * 300_000), "at most 1024 items"),
+        ("a huge layer", edit_json("model.json", layer={"hidden_size": 1 << 40}), "hidden_size"),
         ("NaN", put_nan, "holds NaN or infinite values"),
         ("a huge header", head(WEIGHTS, {}, 1 << 62), BROKEN),
         ("claimed shapes", head(WEIGHTS, CLAIMS), BROKEN),
@@ -149,7 +141,7 @@ HOSTILE = {
     ],
     "gpt-neox folder": [
         ("NaN", put_nan, "NaN or infinite"),
-        ("a huge width", edit("config.json", hidden_size=1 << 40), "config.json: PythiaConfig: hidden_size"),
+        ("a huge width", edit_json("config.json", hidden_size=1 << 40), "config.json: PythiaConfig: hidden_size"),
     ],
     "gpt-neox pickle": [
         ("a payload", save_payload(PICKLE), "not readable as plain"),
@@ -164,11 +156,11 @@ HOSTILE = {
     "auto folder": [
         (
             "code of the folder",
-            edit("config.json", model_type="evil", auto_map={"AutoModelForCausalLM": "evil.Model"}),
+            edit_json("config.json", model_type="evil", auto_map={"AutoModelForCausalLM": "evil.Model"}),
             "can't be loaded as a causal language model",
         ),
-        ("a huge layer", edit("config.json", layer={"hidden_size": 10**9}), "hidden_size"),
-        ("a huge vocabulary", edit("config.json", vocab_size=10**9), "vocab_size"),
+        ("a huge layer", edit_json("config.json", layer={"hidden_size": 10**9}), "hidden_size"),
+        ("a huge vocabulary", edit_json("config.json", vocab_size=10**9), "vocab_size"),
     ],
     "memory": [
         ("10 GB", grow(MEMORY), f"{BROKEN}|memory"),

@@ -19,8 +19,7 @@ from new_llm.config.evaluation import FillConfig
 from new_llm.data import dataset
 from new_llm.data.local_files import read_file
 from new_llm.data.tokenizer import read_tokenizer_file, train_tokenizer
-from new_llm.experiments import run_experiment
-from new_llm.experiments.config import ExperimentConfig
+from new_llm.experiments import ExperimentConfig, run_experiment
 from new_llm.experiments.memory_filling import read_documents
 from new_llm.experiments.run_folder import list_runs
 from new_llm.experiments.subject import load_hugging_face

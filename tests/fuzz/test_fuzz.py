@@ -5,15 +5,15 @@ and which notes what a reader opens for writing, starts or connects to. `NEW_LLM
 choose other inputs.
 """
 
-import json
 import os
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 from targets import TEXTS, Target, build_targets
-from worker import check_damaged, check_hostile
+from worker import check_damaged, check_hostile, find_faults
 
-from tiny import ROOT, refuse, run_python, write_lines
+from tiny import refuse, write_lines
 
 LARGE = ("GB", "millions", "again and again", "auto folder")
 """Words in the names of hostile files that are left to the slow suite: they take long to make or to refuse."""
@@ -33,22 +33,21 @@ def test_hostile_files_are_refused_in_one_line(targets, tmp_path):
     assert not [found for found in check_hostile(tmp_path, targets, LARGE) if found["fault"]]
 
 
-def run_worker(*arguments: str) -> list[dict]:
-    path = os.pathsep.join(map(str, (ROOT / "src", ROOT / "tests")))
-    print(printed := run_python(Path(__file__).with_name("worker.py"), *arguments, PYTHONPATH=path))
-    return [json.loads(line) for line in printed.splitlines()[:-1] if line.startswith("{")]
+def find_faults_alone(*arguments) -> list[dict]:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(find_faults, *arguments).result()
 
 
 @pytest.mark.slow
 def test_ten_thousand_damaged_files(tmp_path):
     inputs, seed = os.environ.get("NEW_LLM_FUZZ_INPUTS", "10000"), os.environ.get("NEW_LLM_FUZZ_SEED", "0")
-    faults = run_worker(str(tmp_path / "work"), inputs, seed)
+    faults = find_faults_alone(tmp_path, inputs, seed)
     assert not faults, "\n".join(f"{fault['name']}: {fault['fault']}" for fault in faults)
 
 
 @pytest.mark.slow
 def test_hostile_files_in_bounded_memory(tmp_path):
-    assert not [found for found in run_worker(str(tmp_path / "work"), "hostile") if found["fault"]]
+    assert not find_faults_alone(tmp_path, "hostile")
 
 
 def test_names_that_lead_out(tmp_path, monkeypatch, capsys):

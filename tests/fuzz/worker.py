@@ -2,12 +2,6 @@
 
 An input ends well where the reader comes back or raises a UserError of one line. What it may not do: raise anything
 else, take more than 4 GB of memory or 10 s, write outside the folder that it reads, start a program, open a connection.
-
-As a program it has a process of its own, whose memory is limited, and which is watched for the last three. It prints
-the faults as lines of JSON, then its peak memory:
-
-    PYTHONPATH=src:tests python tests/fuzz/worker.py FOLDER COUNT SEED     damaged files, as many for each reader
-    PYTHONPATH=src:tests python tests/fuzz/worker.py FOLDER hostile        the files of `hostile.py`
 """
 
 import copy
@@ -23,13 +17,13 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from hostile import HOSTILE
-from targets import Read, Target, build_targets
+from targets import Read, build_targets
 
 from new_llm.config import UserError
 
@@ -69,11 +63,7 @@ class Watch:
 
 
 def feed(read: Read, folder: Path, expected: str | None = None, watch: Watch | None = None) -> str | None:
-    """Let a reader read; what went wrong, or None. The second line on is the traceback.
-
-    Args:
-        expected: words of the refusal; None: it may read without complaint.
-    """
+    """Let a reader read, which must refuse in `expected` words if there are any; what went wrong and the traceback."""
     signal.signal(signal.SIGPROF, raise_alarm)
     signal.signal(signal.SIGALRM, raise_alarm)
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
@@ -110,9 +100,7 @@ def write_files(folder: Path, files: dict[str, bytes]) -> None:
         path.write_bytes(raw)
 
 
-def check_hostile(
-    place: Path, targets: dict[str, Target], skipped: tuple[str, ...] = (), watch: Watch | None = None
-) -> Iterator[dict[str, Any]]:
+def check_hostile(place, targets, skipped=(), watch=None) -> Iterator[dict[str, Any]]:
     """What went wrong with each spoiled target, if anything; names with a word of `skipped` are left out."""
     folder = place / "hostile"
     cases = [(f"{target}: {name}", target, *case) for target, found in HOSTILE.items() for name, *case in found]
@@ -127,14 +115,7 @@ def check_hostile(
             yield {"name": name, "fault": fault, "seconds": round(time.process_time() - began, 2)}
 
 
-def check_damaged(
-    place: Path,
-    targets: dict[str, Target],
-    count: int,
-    seed: str,
-    watch: Watch | None = None,
-    prepare: Callable[[str], None] = lambda name: None,
-) -> Iterator[dict[str, Any]]:
+def check_damaged(place, targets, count, seed, watch=None, prepare=lambda name: None) -> Iterator[dict[str, Any]]:
     """The faults of `count` damaged inputs for each reader; `prepare` is called before each reader."""
     folder = place / "input"
     for name, target in targets.items():
@@ -160,19 +141,15 @@ def limit_memory(target: str) -> None:
     resource.setrlimit(other, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
-def main(place: Path, what: str, seed: str = "0") -> None:
+def find_faults(place: Path, what: str, seed: str = "0") -> list[dict[str, Any]]:
+    """All faults of `hostile` files or of so many damaged ones; limits and watches its process, which ends with it."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     targets, watch = build_targets(place / "build"), Watch()
     if what == "hostile":
         limit_memory("")
-        found = check_hostile(place, targets, watch=watch)
-    else:
-        found = check_damaged(place, targets, -(-int(what) // len(targets)), seed, watch, limit_memory)
-    for line in found:
-        print(json.dumps(line), flush=True)
-    print(json.dumps({"readers": len(targets), "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10}))
+        return [found for found in check_hostile(place, targets, watch=watch) if found["fault"]]
+    return list(check_damaged(place, targets, -(-int(what) // len(targets)), seed, watch, limit_memory))
 
 
 # Damage done to valid files: to their bytes, to the values of their JSON, to what a header says
@@ -250,12 +227,7 @@ def damage_json(raw: bytes, rng: random.Random) -> bytes:
 
 
 def walk(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every entry, as its holder and its key there."""
     entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, entry in list(entries):
         yield value, key
         yield from walk(entry)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])

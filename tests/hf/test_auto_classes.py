@@ -4,13 +4,11 @@ import copy
 import functools
 import json
 import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import tiny
 from model_cases import MIXED_STACKS, assert_states_equal, build_selective, get_model, randomize, text_ids
@@ -19,7 +17,7 @@ from new_llm.config import PythiaConfig, UserError
 from new_llm.data.tokenizer import padded_vocab_size
 from new_llm.experiments.subject import export_run
 from new_llm.models import TransformerLM, create_model, load_model, save_model
-from new_llm.models.hf import NewLLMForCausalLM, StreamCache, export_auto, load_pythia
+from new_llm.models.hf import NewLLMForCausalLM, StreamCache, load_pythia
 from new_llm.models.layers import LAYER_KINDS, InfiniLayer, PythiaLayer, register_layer
 from new_llm.models.layers.infini import InfiniOptions
 from new_llm.models.model_file import describe_model
@@ -64,10 +62,7 @@ def test_layers_of_another_make_are_saved_and_loaded(tmp_path):
     assert type(loaded.model.layers[0]) is DoubledLayer
     ids = text_ids(2, 12)
     expected, _ = model.generate(ids, max_new_tokens=7)
-    beams = [loaded.generate(input_ids=ids, max_new_tokens=7, num_beams=2, do_sample=False, use_cache=use_cache)
-             for use_cache in (True, False)]  # fmt: skip
     assert torch.equal(loaded.generate(input_ids=ids, max_new_tokens=7, do_sample=False), expected)
-    assert torch.equal(*beams)
     LAYER_KINDS.pop("doubled")
     with pytest.raises(UserError, match=r"unknown layer kind 'doubled'; known are .*pythia"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -80,21 +75,6 @@ def test_a_folder_without_some_weights_is_refused(tmp_path):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"weights are missing: model\.layers\.0\.attention\.gate"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
-
-
-def test_the_whole_folder_serves_a_pipeline(tmp_path, tokenizer):
-    model = make_model("multi_memory").eval()
-    export_auto(model, tmp_path, tokenizer)
-    wrapped = AutoTokenizer.from_pretrained(tmp_path)
-    assert (wrapped.eos_token, wrapped.pad_token_id, wrapped.padding_side) == ("<|endoftext|>", 0, "left")
-    prompts = ["The Congress", "Fellow-citizens of the Senate and of the House of Representatives"]
-    speak = pipeline("text-generation", model=str(tmp_path))
-    for batch_size in (1, 2):
-        found = speak(prompts, max_new_tokens=9, do_sample=False, batch_size=batch_size)
-        for prompt, answer in zip(prompts, found, strict=True):
-            ids = torch.tensor([tokenizer.encode(prompt).ids])
-            _, statistics = model.generate(ids, max_new_tokens=9, tokenizer=tokenizer, eos_token_id=0)
-            assert answer[0]["generated_text"] == prompt + statistics.texts[0]
 
 
 def test_the_loss_is_ours_and_honours_the_number_of_items():
@@ -119,7 +99,7 @@ def test_the_loss_is_ours_and_honours_the_number_of_items():
     assert torch.equal(logits, found.logits)
 
 
-def arguments(folder, **changes: Any) -> TrainingArguments:
+def arguments(folder, **changes) -> TrainingArguments:
     settings = {
         "per_device_train_batch_size": 4, "max_steps": 30, "learning_rate": 3e-3, "report_to": [], "logging_steps": 1,
         "save_strategy": "no", "disable_tqdm": True, "seed": 1, "use_cpu": True, "lr_scheduler_type": "constant",
@@ -127,32 +107,8 @@ def arguments(folder, **changes: Any) -> TrainingArguments:
     return TrainingArguments(output_dir=str(folder), **{**settings, **changes})
 
 
-def rows_of(ids: torch.Tensor, lengths: list[int] | None = None) -> list[dict[str, Any]]:
-    lengths = [ids.shape[1]] * len(ids) if lengths is None else lengths
-    rows = []
-    for row, length in zip(ids, lengths, strict=True):
-        mask = (torch.arange(len(row)) < length).long()
-        rows.append({"input_ids": row, "attention_mask": mask, "labels": row.masked_fill(mask == 0, -100)})
-    return rows
-
-
-def test_accumulated_batches_weigh_every_token_alike(tmp_path):
-    """Two batches of unequal lengths make the step that one batch of both makes."""
-    data = rows_of(text_ids(4, 24), [24, 5, 11, 3])
-    steps = []
-    for size, accumulation in ((4, 1), (1, 4)):
-        model = NewLLMForCausalLM.from_model(make_model().double())
-        settings = arguments(
-            tmp_path, max_steps=1, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
-            optim="sgd", learning_rate=1.0, max_grad_norm=0.0,
-        )  # fmt: skip
-        Trainer(model=model, args=settings, train_dataset=data).train()
-        steps.append(model.state_dict())
-    torch.testing.assert_close(steps[1], steps[0], atol=1e-9, rtol=1e-7)
-
-
 def test_gradient_checkpointing_is_exact_and_open_to_the_trainer(tmp_path):
-    data, steps = rows_of(text_ids(2, 24)), []
+    data, steps = [{"input_ids": row, "labels": row} for row in text_ids(2, 24)], []
     for checkpoints in (True, False):
         model = NewLLMForCausalLM.from_model(make_model("multi_memory"))
         settings = arguments(tmp_path, max_steps=2, gradient_checkpointing=checkpoints)
@@ -184,7 +140,7 @@ def test_lora_trains_the_linear_layers_alone(tmp_path):
     before = {name: value.clone() for name, value in base.state_dict().items()}
     targets = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
     model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets))
-    data = rows_of(text_ids(4, 24))
+    data = [{"input_ids": row, "labels": row} for row in text_ids(4, 24)]
     trainer = Trainer(model=model, args=arguments(tmp_path, max_steps=15, learning_rate=1e-2), train_dataset=data)
     first = trainer.evaluate(data)["eval_loss"]
     trainer.train()
@@ -362,20 +318,20 @@ SPECIAL_TOKENS = {
     "bert": ["[CLS]", "[SEP]", "[PAD]", "[UNK]"],
     **{family: ["<s>", "</s>", "<pad>", "<unk>"] for family in ("metaspace", "llama", "gemma")},
 }
-RESULT = {
-    "training": {"tokens": 482619, "steps": 120, "best_epoch": 3, "seconds": 99.9},
-    "evaluation": {
-        "sliding": {"perplexity": 184.06, "bits_per_byte": 1.694, "num_tokens": 54886},
-        "streaming": {"perplexity": 181.2, "bits_per_byte": 1.68, "num_tokens": 54886},
-    },
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def run_folder(untrained_run, tmp_path_factory) -> Path:
+def run_folder(untrained_run, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "tiny"
     shutil.copytree(untrained_run, run)
-    (run / "infini" / "result.json").write_text(json.dumps(RESULT))
+    result = {
+        "training": {"tokens": 482619, "steps": 120, "best_epoch": 3, "seconds": 99.9},
+        "evaluation": {
+            "sliding": {"perplexity": 184.06, "bits_per_byte": 1.694, "num_tokens": 54886},
+            "streaming": {"perplexity": 181.2, "bits_per_byte": 1.68, "num_tokens": 54886},
+        },
+    }  # fmt: skip
+    (run / "infini" / "result.json").write_text(json.dumps(result))
     (run / "data.json").write_text(json.dumps({"source": "sotu", "train": {"num_documents": 234}}))
     (run / "environment.json").write_text(json.dumps({"command": "new-llm experiment --config /home/ada/a.yaml"}))
     return run
@@ -385,11 +341,9 @@ def test_a_memory_model_with_its_card(run_folder, tmp_path, capsys):
     out = tmp_path / "out" / "infini"
     assert main(["export", "--run", str(run_folder), "--model", "infini", "--out", str(out)]) == 0
     assert str(out) in capsys.readouterr().out
-    loaded = AutoModelForCausalLM.from_pretrained(out)
-    best = load_model(run_folder / "infini" / "best").eval()
-    ids = text_ids(2, 40)
-    with torch.no_grad():
-        assert torch.equal(loaded(ids, use_cache=False).logits, best(ids))
+    best = load_model(run_folder / "infini" / "best")
+    loaded = AutoModelForCausalLM.from_pretrained(out).model
+    torch.testing.assert_close(loaded.state_dict(), best.state_dict(), rtol=0, atol=0)
     assert AutoTokenizer.from_pretrained(out).eos_token_id == 0
     card = (out / "README.md").read_text()
     for line in (
@@ -444,6 +398,7 @@ def test_settings_tied_weights_and_special_tokens_survive(tmp_path, family, kind
     assert [wrapped.bos_token, wrapped.eos_token, wrapped.pad_token, wrapped.unk_token] == SPECIAL_TOKENS[family]
     assert max(wrapped.all_special_ids) < model.vocab_size
     assert (hf.generation_config.eos_token_id, hf.config.pad_token_id) == (wrapped.eos_token_id, wrapped.pad_token_id)
+    assert wrapped.padding_side == "left"
 
     text = "Four score and seven years"
     ids = tokenizer.encode(text, add_special_tokens=False).ids

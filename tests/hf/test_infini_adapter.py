@@ -1,11 +1,9 @@
 """The parallel adapter: equal to its base with α = 0, its memory, and its file, of which nothing is believed."""
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from disk_faults import edit_tensors
 from model_cases import text_ids
@@ -28,13 +26,13 @@ def make_base(dtype: torch.dtype = torch.float32, seed: int = 0) -> TransformerL
     return create_model("pythia", SHAPE, segment_length=8).to(dtype).eval()
 
 
-def make_adapted(dtype: torch.dtype = torch.float32, base_name: str | None = None, **options: Any) -> TransformerLM:
+def make_adapted(dtype: torch.dtype = torch.float32, base_name: str | None = None, **options) -> TransformerLM:
     base = make_base(dtype)
     torch.manual_seed(1)
     return infini_adapter.add_parallel_infini(base, AdapterConfig(**options), base_name=base_name)
 
 
-def read_in_pieces(model: TransformerLM, ids: Tensor) -> Tensor:
+def read_in_pieces(model: TransformerLM, ids):
     stream = model.open_stream(ids.shape[0])
     return torch.cat([stream.feed(piece) for piece in ids.split((3, 1, 1, 16, 9), dim=1)], dim=1)
 
@@ -58,9 +56,6 @@ def test_at_first_the_adapted_model_is_its_base_bit_for_bit(options, dtype):
         assert torch.equal(model(IDS, mask)[mask], base(IDS, mask)[mask])
         assert torch.equal(read_in_pieces(model, IDS), read_in_pieces(base, IDS))
     assert model.get_memory_state()[options.get("layers", (0,))[0]]["token_counts"].sum() == 2 * IDS.numel()
-    chosen, _ = model.generate(IDS, max_new_tokens=12)
-    expected, _ = base.generate(IDS, max_new_tokens=12)
-    assert torch.equal(chosen, expected)
 
 
 def test_alpha_of_one_layer_is_a_number_and_of_several_a_dictionary():
@@ -152,14 +147,12 @@ def test_a_pythia_of_a_directory_gets_a_memory(tmp_path):
 FORMATS = ("adapter.pt", "adapter.safetensors")
 
 
-def make_two(**options: Any) -> TransformerLM:
-    """With an adapter at two layers."""
+def make_two(**options) -> TransformerLM:
     return make_adapted(**({"initial_alpha": 0.5, "layers": (0, 2)} | options))
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_an_adapter_comes_back_on_its_base(tmp_path, name):
-    """Which is found by the name in the file, or given."""
     save_model(make_base(), tmp_path / "base")
     model = make_two(num_memory_banks=2, use_alibi=True, base_name=str(tmp_path / "base"))
     with torch.no_grad():

@@ -12,7 +12,6 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from new_llm.cli.main import main
-from new_llm.models import TransformerLM
 from new_llm.models.hf import export_auto
 from tiny import make_model, refuse, run_python
 
@@ -54,18 +53,11 @@ def test_without_the_harness_one_line_says_how_to_get_it(monkeypatch, capsys):
     assert line == "new-llm: lm-evaluation-harness is not installed: pip install 'new-llm[lm-eval]'"
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory, tokenizer) -> tuple[Path, TransformerLM]:
-    model = make_model("infini", 384, spread=0.2).eval()
-    folder = tmp_path_factory.mktemp("exported")
-    export_auto(model, folder, tokenizer)
-    return folder, model
-
-
 @needs_harness
-def test_a_local_task_of_every_request_type(tmp_path, exported):
+def test_a_local_task_of_every_request_type(tmp_path, tokenizer):
     """Log-likelihoods, rolling log-likelihoods over several segments and generation, as the command runs them."""
-    folder, model = exported
+    model, folder = make_model("infini", 384, spread=0.2).eval(), tmp_path / "exported"
+    export_auto(model, folder, tokenizer)
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({**question, "page": PAGE}) + "\n" for question in QUESTIONS))
     for name, text in TASKS.items():

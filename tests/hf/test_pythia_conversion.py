@@ -57,7 +57,6 @@ NEW_CONFIG = {
 
 
 def make_neox(seed: int = 3, **changes: Any) -> GPTNeoXForCausalLM:
-    """Hugging Face's model with random weights, biases and norms."""
     config = GPTNeoXConfig(**{**SHAPE, **ROTARY, "hidden_act": "gelu", "tie_word_embeddings": False, **changes})
     model = GPTNeoXForCausalLM(config)
     randomize(model, seed)
@@ -96,15 +95,13 @@ def write_folder(folder: Path, config: dict[str, Any], weights: dict[str, Tensor
     return folder
 
 
-@pytest.fixture(scope="module")
-def neox():
-    return make_neox()
+NEOX = make_neox()
 
 
 @pytest.mark.parametrize("config", [OLD_CONFIG, NEW_CONFIG], ids=["old", "new"])
 @pytest.mark.parametrize("kind", ["safetensors", "bin", "safetensors-sharded", "bin-sharded"])
-def test_both_layouts_give_hugging_faces_logits(tmp_path, neox, config, kind):
-    weights = disk_weights(neox)
+def test_both_layouts_give_hugging_faces_logits(tmp_path, config, kind):
+    weights = disk_weights(NEOX)
     if config is OLD_CONFIG:  # the constants that versions of 2022 stored beside the weights
         for layer in range(SHAPE["num_hidden_layers"]):
             prefix = f"gpt_neox.layers.{layer}.attention."
@@ -117,17 +114,17 @@ def test_both_layouts_give_hugging_faces_logits(tmp_path, neox, config, kind):
     assert model.segment_length == 64
     ids = text_ids(2, 64)
     with torch.no_grad():
-        assert_near(model(ids), neox(ids).logits, 1e-5)
+        assert_near(model(ids), NEOX(ids).logits, 1e-5)
     if kind == "bin":  # the installed version's own folder, in segments
-        neox.save_pretrained(tmp_path / "installed")
+        NEOX.save_pretrained(tmp_path / "installed")
         model = load_pythia(str(tmp_path / "installed"), segment_length=16).eval()
         with torch.no_grad():
-            assert_near(model(ids)[:, 16:32], neox(ids[:, 16:32]).logits, 1e-5)
+            assert_near(model(ids)[:, 16:32], NEOX(ids[:, 16:32]).logits, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_import_export_import_is_bit_identical(tmp_path, neox, dtype):
-    weights = disk_weights(neox, dtype)
+def test_import_export_import_is_bit_identical(tmp_path, dtype):
+    weights = disk_weights(NEOX, dtype)
     first = load_pythia(write_folder(tmp_path / "theirs", OLD_CONFIG, weights))
     assert first.embed_in.weight.dtype == dtype
     assert all(parameter.requires_grad and parameter.device.type == "cpu" for parameter in first.parameters())
@@ -157,17 +154,17 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("message", "changes"), REFUSED.items(), ids=REFUSED)
-def test_what_our_layers_can_not_represent_is_one_line(tmp_path, neox, message, changes):
+def test_what_our_layers_can_not_represent_is_one_line(tmp_path, message, changes):
     is_weight = any("." in name for name in changes)
-    weights = disk_weights(neox) | (changes if is_weight else {})
+    weights = disk_weights(NEOX) | (changes if is_weight else {})
     config = OLD_CONFIG | ({} if is_weight else changes)
     folder = write_folder(tmp_path, config, {name: t for name, t in weights.items() if t is not None})
     with refused(re.escape(message)):
         load_pythia(folder)
 
 
-def test_folders_without_a_checkpoint(tmp_path, neox):
-    folder = write_folder(tmp_path / "broken", OLD_CONFIG, disk_weights(neox))
+def test_folders_without_a_checkpoint(tmp_path):
+    folder = write_folder(tmp_path / "broken", OLD_CONFIG, disk_weights(NEOX))
     save_model(get_model("pythia"), tmp_path / "saved")
     (folder / "model.safetensors").write_bytes(b"no")
     with pytest.raises(UserError, match="not a safetensors file"):
@@ -211,8 +208,8 @@ def split_fused(weight: torch.Tensor, heads: int) -> list[torch.Tensor]:
     ],
     ids=["infini", "options", "multi_memory", "hierarchical", "layer"],
 )
-def test_a_swapped_layer_takes_over_what_fits(tmp_path, neox, choice, heads):
-    folder = write_folder(tmp_path, OLD_CONFIG, disk_weights(neox, torch.bfloat16))
+def test_a_swapped_layer_takes_over_what_fits(tmp_path, choice, heads):
+    folder = write_folder(tmp_path, OLD_CONFIG, disk_weights(NEOX, torch.bfloat16))
     plain = load_pythia(folder)
     torch.manual_seed(5)
     model = load_pythia(folder, replace_layers={1: choice}, segment_length=8)
@@ -235,8 +232,8 @@ def test_a_swapped_layer_takes_over_what_fits(tmp_path, neox, choice, heads):
     assert torch.equal(beside(text_ids(2, 20)), plain(text_ids(2, 20)))
 
 
-def test_swaps_out_of_range_are_named(tmp_path, neox):
-    folder = write_folder(tmp_path, OLD_CONFIG, disk_weights(neox))
+def test_swaps_out_of_range_are_named(tmp_path):
+    folder = write_folder(tmp_path, OLD_CONFIG, disk_weights(NEOX))
     for choices, message in (
         ({3: "infini"}, "no layer 3; the model has 0 to 2"),
         ({-1: "infini"}, "no layer -1"),
@@ -264,7 +261,6 @@ SHAPES = {
 
 
 def our_name(name: str) -> str:
-    """Our name of a weight; the head's depends on the version of transformers."""
     return name.removeprefix("gpt_neox.").replace("lm_head", "embed_out")
 
 
@@ -284,17 +280,6 @@ def test_logits_equal_hugging_face(shape, dtype):
         ids = text_ids(batch, length)
         with torch.no_grad():
             assert_near(ours(ids), theirs(ids).logits, TOLERANCES[dtype])
-
-
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_segments_equal_separate_calls_of_hugging_face(dtype):
-    """The baseline of an experiment: positions restart and nothing is seen across a segment's end."""
-    ours, theirs = make_pair(dtype, rotary_pct=0.25)
-    ours.segment_length = 12
-    ids = text_ids(2, 29)
-    with torch.no_grad():
-        expected = torch.cat([theirs(piece).logits for piece in ids.split(12, dim=1)], dim=1)
-        assert_near(ours(ids), expected, TOLERANCES[dtype])
 
 
 def test_gradients_equal_hugging_face():

@@ -112,18 +112,6 @@ def test_the_components_of_a_whole_text_are_those_of_its_stream(text):
     np.testing.assert_array_equal(contexts, streamed.contexts)
 
 
-def test_reading_ahead_leaves_no_trace():
-    states, tokens, model = make_text()
-    held, untouched = (TextCache(CacheConfig(num_states=num, ngram_order=3, longest_match=True)) for num in (5, 0))
-    for one in (held, untouched):
-        one.add(states[:20], tokens[:20])
-    held.score(states[20:], tokens[20:-1], tokens[21:])
-    held.mix(states[20:], tokens[20:-1], model[20:])
-    assert vars(held.counts) == vars(untouched.counts)
-    assert vars(held.matches) == vars(untouched.matches)
-    assert torch.equal(held.tokens, tokens[15:20])
-
-
 def test_tuned_weights_are_the_best_on_a_grid():
     probabilities = np.random.default_rng(0).uniform(0.01, 1, (500, 6)) ** 2
     probabilities[:, 3:] = np.nan

@@ -2,14 +2,13 @@
 
 import functools
 import math
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model_cases import HIDDEN_SIZE, LayerCase, assert_near, build_model, get_model, text_ids
+from model_cases import HIDDEN_SIZE, LayerCase, assert_near, assert_same, build_model, get_model, text_ids
 from new_llm.models import create_model
 from new_llm.models.inputs import LossStatistics, align_labels
 from new_llm.models.ops import head_loss as module
@@ -82,25 +81,15 @@ def make(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Te
     return hidden, weight, targets, torch.rand(ROWS, generator=generator, dtype=dtype)
 
 
-def run(function, hidden: Tensor, weight: Tensor, upstream: Tensor, *rest, **options) -> list[Tensor]:
-    hidden, weight = (x.detach().clone().requires_grad_() for x in (hidden, weight))
-    result = function(hidden, weight, *rest, **options)
-    return [result.detach(), *torch.autograd.grad(result, (hidden, weight), upstream.to(result.dtype))]
-
-
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(("chunk_rows", "weighted"), [(1, False), (5, True), (1024, True)])
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 def test_results_and_gradients_are_the_naive_form_s(dtype, tolerance, reduction, chunk_rows, weighted):
-    """The gradient from above differs from row to row, in size and sign."""
     hidden, weight, targets, weights = make(dtype)
-    upstream = torch.linspace(-2, 3, ROWS) if reduction == "none" else torch.tensor(-0.37)
-    options = {"label_weights": weights if weighted else None, "reduction": reduction}
-    expected = run(linear_cross_entropy_naive, hidden, weight, upstream, targets, **options)
-    found = run(linear_cross_entropy, hidden, weight, upstream, targets, chunk_rows=chunk_rows, **options)
-    for one, two in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, two, rtol=tolerance, atol=tolerance)
+    options = {"targets": targets, "label_weights": weights if weighted else None, "reduction": reduction}
+    fast = functools.partial(linear_cross_entropy, chunk_rows=chunk_rows, **options)
+    assert_same(fast, functools.partial(linear_cross_entropy_naive, **options), [hidden, weight], tolerance)
     if dtype == torch.float64:  # and those of finite differences
         score = functools.partial(linear_cross_entropy, targets=targets[:6], chunk_rows=chunk_rows, reduction=reduction)
         inputs = hidden[:6, :4].clone().requires_grad_(), weight[:, :4].clone().requires_grad_()
@@ -110,34 +99,36 @@ def test_results_and_gradients_are_the_naive_form_s(dtype, tolerance, reduction,
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 def test_under_autocast_products_are_bfloat16_and_all_else_is_float32(reduction):
-    hidden, weight, targets, weights = make()
-    upstream = weights if reduction == "none" else torch.tensor(1.0)
-    expected = run(linear_cross_entropy_naive, hidden, weight, upstream, targets, reduction=reduction)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = run(linear_cross_entropy, hidden, weight, upstream, targets, reduction=reduction, chunk_rows=8)
-    for one, two, tolerance in zip(found, expected, (5e-3, 2e-2, 2e-2), strict=True):
-        assert one.dtype == torch.float32
-        assert 0 < float((one - two).norm() / two.norm()) < tolerance
+    hidden, weight, targets, _ = make()
+    naive = functools.partial(linear_cross_entropy_naive, targets=targets, reduction=reduction)
+
+    def score(hidden: Tensor, weight: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return linear_cross_entropy(hidden, weight, targets, reduction=reduction, chunk_rows=8)
+
+    assert_same(score, naive, [hidden, weight], 2e-2)
+    assert not torch.equal(score(hidden, weight), naive(hidden, weight))
 
 
 @pytest.mark.usefixtures("kernels")
 def test_logits_beyond_every_exponent_faults_and_rows_without_a_target():
     hidden, weight, targets, _ = make()
-    one, options = torch.tensor(1.0), {"reduction": "sum"}
-    expected = run(linear_cross_entropy_naive, 1e4 * hidden, weight, one, targets, **options)
-    found = run(linear_cross_entropy, 1e4 * hidden, weight, one, targets, **options)
-    for mine, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-2)
+    fast, naive = (
+        functools.partial(score, targets=targets, reduction="sum")
+        for score in (linear_cross_entropy, linear_cross_entropy_naive)
+    )
+    assert_same(fast, naive, [1e4 * hidden, weight], 1e-4)
     faulty = hidden.clone()
     faulty[1, 3] = float("nan")
     assert linear_cross_entropy(faulty, weight, targets).isnan().tolist() == [row == 1 for row in range(ROWS)]
     hidden[targets == -100] = float("inf")
-    loss, for_hidden, for_weight = run(linear_cross_entropy, hidden, weight, one, targets, **options)
-    assert float(loss) > 0
+    inputs = hidden.requires_grad_(), weight.requires_grad_()
+    for_hidden, for_weight = torch.autograd.grad(fast(*inputs), inputs)
+    assert fast(*inputs) > 0
     assert bool(for_weight.isfinite().all())
     assert not for_hidden[targets == -100].any()
-    for part in run(linear_cross_entropy, hidden, weight, one, torch.full_like(targets, -100), **options):
-        assert not part.any()
+    nothing = fast(*inputs, targets=torch.full_like(targets, -100))
+    assert not any(part.any() for part in (nothing, *torch.autograd.grad(nothing, inputs)))
 
 
 def test_what_does_not_fit_is_refused():
@@ -172,8 +163,7 @@ def test_a_model_s_total_loss_is_the_weighted_sum_of_its_token_losses(kind, with
     torch.testing.assert_close(total, expected)
     parameters = list(model.parameters())
     gradients = [torch.autograd.grad(loss, parameters) for loss in (total, expected)]
-    for one, two in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, two)
+    torch.testing.assert_close(*gradients)
     assert bool(calls) == with_hook
     with pytest.raises(ValueError, match="label_weights"):
         model.total_loss(ids, labels, label_weights=weights[:, :-1])
@@ -185,7 +175,7 @@ def test_a_model_s_total_loss_is_the_weighted_sum_of_its_token_losses(kind, with
 LENGTH = 5
 
 
-def find_extra_loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
+def find_extra_loss(model, ids: torch.Tensor) -> torch.Tensor:
     return model.train().compute_loss(ids, ids)[0] - model.eval().compute_loss(ids, ids)[0]
 
 

@@ -23,9 +23,7 @@ from new_llm.models.state import STATE_VERSION, list_tensors
 from tiny import refused
 
 
-def fill(
-    model: TransformerLM, rows: int | None = None, start: int = 0, ids: Tensor | None = None
-) -> dict[int, dict[str, Any]]:
+def fill(model: TransformerLM, rows=None, start=0, ids=None) -> dict[int, dict[str, Any]]:
     """An empty memory, filled by a call of two segments and a bit, or of these ids; its state."""
     model.reset_memory(rows)
     with torch.no_grad():
@@ -129,14 +127,14 @@ def test_a_state_is_a_copy_and_a_failed_call_changes_nothing():
     assert_states_equal(model.get_memory_state(), kept)
 
 
-ADDING_STACKS = [  # whose memories add up number by number but for a decay; blocks of a tree also move
-    name
-    for name, cases in MEMORY_STACKS.items()
-    if not any(case.options.keys() & {"use_token_decay", "hierarchy"} for case in cases)
-]
-
-
-@pytest.mark.parametrize("name", ADDING_STACKS)
+@pytest.mark.parametrize(
+    "name",  # whose memories add up number by number but for a decay; blocks of a tree also move
+    [
+        name
+        for name, cases in MEMORY_STACKS.items()
+        if not any(case.options.keys() & {"use_token_decay", "hierarchy"} for case in cases)
+    ],
+)
 def test_shared_memory_takes_the_sum_of_the_rows_changes(name):
     """Every row starts from the memory before the call; its change is what it alone would have made."""
     model, ids = get_model(name), text_ids(3, 13)

@@ -5,7 +5,6 @@ copies from the host are seen as operations. A GPU's own count is in `benchmarks
 """
 
 import contextlib
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -35,46 +34,37 @@ OPTIONS = {
 }
 
 
-class WatchCopies(TorchDispatchMode):
-    """Collects copies from the host that are not `non_blocking`."""
-
-    def __init__(self, found: list[str]) -> None:
-        super().__init__()
-        self.found = found
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.is_meta:
-            from_host = any(isinstance(arg, Tensor) and not arg.is_meta and arg.dim() for arg in args)
-            is_free = (kwargs or {}).get("non_blocking") or (func._schema.name == "aten::copy_" and args[2:])
-            if from_host and not is_free:
-                self.found.append(str(func))
-        return result
-
-
-class WatchNumbers(TorchFunctionMode):
-    """Collects tensors on the device that are made of Python's numbers."""
-
-    def __init__(self, found: list[str]) -> None:
-        super().__init__()
-        self.found = found
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in (torch.tensor, torch.as_tensor, Tensor.new_tensor) and result.is_meta:
-            self.found.append(str(func))
-        return result
-
-
 @contextlib.contextmanager
-def watch() -> Iterator[list[str]]:
+def watch():
     """Inside the block: a list of what the host waits for."""
     found: list[str] = []
+
+    class WatchCopies(TorchDispatchMode):
+        """Copies from the host that are not `non_blocking`."""
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and result.is_meta:
+                from_host = any(isinstance(arg, Tensor) and not arg.is_meta and arg.dim() for arg in args)
+                is_free = (kwargs or {}).get("non_blocking") or (func._schema.name == "aten::copy_" and args[2:])
+                if from_host and not is_free:
+                    found.append(str(func))
+            return result
+
+    class WatchNumbers(TorchFunctionMode):
+        """Tensors on the device that are made of Python's numbers."""
+
+        def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func in (torch.tensor, torch.as_tensor, Tensor.new_tensor) and result.is_meta:
+                found.append(str(func))
+            return result
+
     is_off = {
         "autocast": lambda *arguments, **options: contextlib.nullcontext(),
         "is_autocast_enabled": lambda kind: False,
     }
-    with mock.patch.multiple(torch, **is_off), WatchCopies(found), WatchNumbers(found):  # autocast knows no meta
+    with mock.patch.multiple(torch, **is_off), WatchCopies(), WatchNumbers():  # autocast knows no meta
         yield found
 
 
@@ -95,21 +85,29 @@ def test_a_training_step_waits_for_nothing(kind):
     assert not found
 
 
-@pytest.mark.parametrize(
-    "kind", ["pythia", "infini", "hierarchical", "transformer_xl", "gated_delta", "rmt", "token_memory", "selective"]
-)
-def test_a_generated_token_waits_for_nothing(kind):
-    """In the middle of a segment, with every option of drawing, after a prompt of more than a segment."""
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("kind", [kind for kind in MODEL_KINDS if kind != "deep_pythia"])
+def test_a_generated_token_waits_for_nothing(kind, in_place):
+    """Past the end of a segment, with every option of drawing; steps in place find their tensors where they were."""
     with torch.device("meta"):
         model = create_model(kind, SHAPE, segment_length=8)
     ids = torch.zeros(2, 11, dtype=torch.int64, device="meta")
     config = GenerationConfig(do_sample=True, top_p=0.9, repetition_penalty=1.2)
     sampler = TokenSampler(config, ids, torch.ones_like(ids, dtype=torch.bool), SHAPE.vocab_size)
     stream = model.open_stream(2)
+    in_place = in_place and stream.can_step_in_place
+    places = []
     with watch() as found:
         hidden = stream.feed_hidden(ids)
-        for _ in range(3):
-            hidden = stream.feed_hidden(sampler.choose(model.embed_out(hidden[:, -1])).unsqueeze(1))
+        if in_place:
+            stream.begin_steps(20)
+        for _ in range(13 if in_place else 3):
+            token = sampler.choose(model.embed_out(hidden[:, -1])).unsqueeze(1)
+            hidden = stream.read_token(token) if in_place else stream.feed_hidden(token)
+            if in_place:
+                assert stream.count_token()
+                places.append([id(t) for t in list_tensors((stream.opened, stream.memories))])
+    assert all(place == places[0] for place in places)
     assert not found
 
 
@@ -162,25 +160,6 @@ def test_hidden_states_and_memory_equal_those_of_the_stream(name: str) -> None:
     assert_states_near(held_now, held_then, 0)  # steps in place leave what the model holds alone
     assert_states_near(memory_now, memory, 1e-9)
     assert count_now == count
-
-
-@pytest.mark.parametrize("kind", ["pythia", "infini", "hierarchical", "transformer_xl", "gated_delta", "token_memory"])
-def test_every_step_asks_nothing_and_finds_its_tensors_where_they_were(kind: str) -> None:
-    with torch.device("meta"):
-        model = create_model(kind, SHAPE, segment_length=8)
-    stream = model.open_stream(2)
-    ids = torch.zeros(2, 1, dtype=torch.int64, device="meta")
-    with watch() as found:
-        stream.feed_hidden(ids.expand(2, 11))
-        stream.begin_steps(20)
-        stream.read_token(ids)
-        stream.count_token()
-        places = [id(t) for t in list_tensors((stream.opened, stream.memories))]
-        for _ in range(12):
-            stream.read_token(ids)
-            assert [id(t) for t in list_tensors((stream.opened, stream.memories))] == places
-            assert stream.count_token()
-    assert not found
 
 
 @pytest.mark.parametrize("name", ["pythia", "mixed", "infini-tokens", "infini-alibi"])

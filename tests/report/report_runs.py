@@ -82,12 +82,8 @@ class Page(HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
 
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
     def handle_endtag(self, tag: str) -> None:
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag
+        assert tag in VOID or (self.open and self.open.pop() == tag), f"</{tag}> closes another tag or nothing"
 
     def handle_data(self, data: str) -> None:
         self.text.append(data)

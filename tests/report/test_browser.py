@@ -2,7 +2,6 @@
 
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +20,24 @@ FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-back
 
 
 @pytest.fixture
-def page_file(with_long: dict[str, Any], tmp_path: Path) -> Path:
-    """The report of a run of all models, one without the reversal curse, with long documents."""
+def open_page(with_long: dict[str, Any], tmp_path: Path):
+    """Opens the report of a run; at the end nothing may have been loaded from elsewhere, and nothing gone wrong."""
     with_long["models"][2]["evaluation"]["reversal"] = None
     folder = write_run(tmp_path / "four", with_long, *(make_record(with_long, name) for name in MODELS[1:3]))
-    write_page(read_runs([folder]), folder / "report.html")
-    return folder / "report.html"
-
-
-@pytest.fixture
-def open_page(page_file: Path, tmp_path: Path) -> Iterator[Any]:
-    """Opens the page in a browser of its own; afterwards nothing may have been loaded, and nothing gone wrong."""
+    write_page(read_runs([folder]), page_file := folder / "report.html")
     requests: list[str] = []
     complaints: list[str] = []
     with sync_api.sync_playwright() as playwright:
-        contexts: list[Any] = []
 
         def open_in(width: int = 1200, **options: Any) -> Any:
             context = playwright.chromium.launch_persistent_context(
-                tmp_path / f"profile-{len(contexts)}",
+                tmp_path / "profile",
                 executable_path=CHROMIUM,
                 headless=True,
                 args=FLAGS.split(),
                 viewport={"width": width, "height": 900},
                 **options,
             )
-            contexts.append(context)
             context.on("request", lambda request: requests.append(request.url))
             page = context.pages[0]
             page.on("console", lambda message: complaints.append(message.text))
@@ -55,8 +46,6 @@ def open_page(page_file: Path, tmp_path: Path) -> Iterator[Any]:
             return page
 
         yield open_in
-        for context in contexts:
-            context.close()
     assert complaints == []
     assert {url for url in requests if not url.startswith("data:")} == {page_file.as_uri()}
 

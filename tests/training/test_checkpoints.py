@@ -10,30 +10,22 @@ import numpy as np
 import pytest
 import torch
 
-from disk_faults import flip, stop_everywhere
+from disk_faults import edit_json, flip, stop_everywhere
 from new_llm.config import UserError
 from new_llm.config.files import MANIFEST_FILE
 from new_llm.models import TransformerLM, load_model
 from new_llm.training import checkpoint, loop
-from new_llm.training.checkpoint import (
-    BEST_FOLDER,
-    CHECKPOINT_NAME,
-    CHECKPOINTS_FOLDER,
-    find_checkpoint,
-    list_checkpoints,
-    remove_checkpoints,
-    write_checkpoint_folder,
-)
+from new_llm.training.checkpoint import find_checkpoint, list_checkpoints
 from new_llm.training.devices import read_random_states, seed_generators, set_random_states
 from new_llm.training.log import METRICS_FILE, read_last_metrics
 from training_cases import equal, list_weights, make_trainer, read_curve
 
 
 def write(folder: Path, step: int, epoch: int = 0, keep: int = 2) -> Path:
-    with write_checkpoint_folder(folder, step, epoch, keep=keep) as temporary:
+    with checkpoint.write_checkpoint_folder(folder, step, epoch, keep=keep) as temporary:
         (temporary / "weights").write_bytes(step.to_bytes(64, "big"))
         (temporary / "state.json").write_text("{}")
-    return folder / CHECKPOINTS_FOLDER / CHECKPOINT_NAME.format(step, epoch)
+    return folder / checkpoint.CHECKPOINTS_FOLDER / checkpoint.CHECKPOINT_NAME.format(step, epoch)
 
 
 def names(folder: Path) -> list[str]:
@@ -47,7 +39,7 @@ def test_the_newest_are_kept_and_the_last_is_found(tmp_path):
         assert find_checkpoint(tmp_path, pytest.fail) == path
     assert names(tmp_path) == ["step-10000000001-epoch-100000", "step-10000000000-epoch-100000"]
     assert [write(tmp_path, 10**11, keep=1)] == list_checkpoints(tmp_path)
-    remove_checkpoints(tmp_path)
+    checkpoint.remove_checkpoints(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -69,7 +61,7 @@ def test_a_damaged_last_one_is_named_and_the_one_before_is_taken(tmp_path, damag
     damage(before)
     with pytest.raises(UserError) as error:
         find_checkpoint(tmp_path, pytest.fail)
-    assert str(error.value).startswith(f"{tmp_path / CHECKPOINTS_FOLDER}: every checkpoint is damaged: ")
+    assert str(error.value).startswith(f"{tmp_path / checkpoint.CHECKPOINTS_FOLDER}: every checkpoint is damaged: ")
     assert str(error.value).count(words) == 2
 
 
@@ -77,7 +69,7 @@ def test_training_that_went_on_from_an_older_one_replaces_the_damaged_newer_ones
     before = write(tmp_path, 3)
     flip(write(tmp_path, 6) / "weights")
     assert write(tmp_path, 4) in list_checkpoints(tmp_path)
-    assert names(tmp_path) == [CHECKPOINT_NAME.format(4, 0), before.name]
+    assert names(tmp_path) == [checkpoint.CHECKPOINT_NAME.format(4, 0), before.name]
     flip(write(tmp_path, 6) / "weights")
     assert write(tmp_path, 6) == find_checkpoint(tmp_path, pytest.fail)
 
@@ -130,7 +122,7 @@ def train(folder: Path, losses: list[float], *, resume: bool = False, epochs: in
 
 
 def read_best(folder: Path) -> list[torch.Tensor]:
-    return list_weights(load_model(folder / BEST_FOLDER))
+    return list_weights(load_model(folder / checkpoint.BEST_FOLDER))
 
 
 def test_killed_between_the_checkpoint_and_its_best_weights(tmp_path, monkeypatch):
@@ -154,28 +146,19 @@ def test_killed_between_the_checkpoint_and_its_best_weights(tmp_path, monkeypatc
     assert read_curve(tmp_path / "whole") == read_curve(tmp_path / "killed")
 
 
-def flip_weights(best: Path) -> None:
-    flip(best / "model.safetensors")
-
-
-def change_structure(best: Path) -> None:
-    structure = json.loads((best / "model.json").read_text()) | {"segment_length": 9}
-    (best / "model.json").write_text(json.dumps(structure))
-
-
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (flip_weights, "model.safetensors: corrupted: the content does not match the digest"),
-        (change_structure, "model.json: another structure"),
+        (lambda best: flip(best / "model.safetensors"), "model.safetensors: corrupted: the content does not match the"),
+        (edit_json("model.json", segment_length=9), "model.json: another structure"),
         (shutil.rmtree, "no saved model here"),
     ],
 )
 def test_damaged_best_weights_come_back_from_a_checkpoint(tmp_path, damage, words):
     train(tmp_path, [3.0, 2.0], epochs=2)
     expected = read_best(tmp_path)
-    damage(tmp_path / BEST_FOLDER)
-    if damage is not change_structure:  # which is a model too, but another one
+    damage(tmp_path / checkpoint.BEST_FOLDER)
+    if "another" not in words:  # which is a model too
         with pytest.raises(UserError, match=words):
             read_best(tmp_path)
     (line,) = train(tmp_path, [4.0], resume=True, epochs=3)
@@ -185,7 +168,7 @@ def test_damaged_best_weights_come_back_from_a_checkpoint(tmp_path, damage, word
 
 def test_best_weights_that_no_checkpoint_has_are_said_to_be_lost(tmp_path):
     train(tmp_path, [3.0, 2.0, 2.5, 2.6])
-    flip_weights(tmp_path / BEST_FOLDER)
+    flip(tmp_path / checkpoint.BEST_FOLDER / "model.safetensors")
     (line,) = train(tmp_path, [2.7], resume=True, epochs=5)
     assert line.startswith("the best weights (epoch 2) are lost: ")
     state = json.loads((list_checkpoints(tmp_path)[0] / checkpoint.STATE_FILE).read_text())

@@ -1,6 +1,5 @@
 """How a training step runs, what its numbers go to, and the learning rate."""
 
-import dataclasses
 import importlib.util
 import io
 import itertools
@@ -16,14 +15,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from new_llm.config import TrainConfig
-from new_llm.data.batches import Batch
 from new_llm.training import Trainer, TrainingError, TrainingInterrupted
 from new_llm.training.checkpoint import list_checkpoints
 from new_llm.training.guards import FAULTS_FOLDER
 from new_llm.training.log import MetricsWriter, TrainingProgress, read_metrics
 from new_llm.training.preparation import group_parameters, make_schedule, prefetch_batches
 from tiny import refuse
-from training_cases import VOCAB, equal, list_weights, make_trainer, read_curve, read_late, stop_at
+from training_cases import VOCAB, equal, list_weights, make_trainer, read_curve, read_late, spoil, stop_at
 
 
 def test_numbers_read_late_and_batches_made_ahead_change_nothing(tmp_path):
@@ -186,28 +184,6 @@ def test_a_disk_that_tensorboard_can_t_write_to_is_an_error_of_the_next_call_and
 # Steps whose numbers are not finite stop or are skipped and leave what is needed to study them; spikes warn
 
 
-def spoil(trainer: Trainer, steps: set[int], factor: float = float("nan")) -> dict[str, list]:
-    """Multiply the loss of some steps (from 1), and for NaN the memory too; returns what was met."""
-    forward, met = trainer._forward, {"batches": [], "weights": []}
-
-    def spoiled(batch: Batch) -> torch.Tensor:
-        step = trainer.state.step + 1
-        if step not in steps:
-            return forward(batch)
-        met["batches"].append(batch)
-        met["weights"].append(list_weights(trainer.model))
-        loss = forward(batch) * factor
-        if math.isnan(factor):
-            trainer.model._held = [
-                held and dataclasses.replace(held, memories=held.memories * factor, norms=held.norms * factor)
-                for held in trainer.model._held
-            ]
-        return loss
-
-    trainer._forward = spoiled
-    return met
-
-
 @pytest.mark.parametrize(("every_steps", "accumulation"), [(1, 2), (4, 1)])
 def test_a_fault_that_stops_is_saved_for_study(tmp_path, every_steps, accumulation):
     trainer = make_trainer(tmp_path, gradient_accumulation_steps=accumulation)
@@ -248,7 +224,7 @@ def test_a_skipped_step_changes_nothing_but_the_place(tmp_path, every_steps, acc
     met = spoil(trainer, {number})
     step, states = trainer._train_step, []
 
-    def watch(batches: list[Batch]) -> None:
+    def watch(batches) -> None:
         if trainer.state.step in (number - 1, number):
             states.append((trainer.model.get_memory_state(), list_weights(trainer.model)))
         step(batches)
