@@ -12,7 +12,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -30,18 +29,18 @@ OTHER_PROGRAMS = {"docker", "git", "pip", "pre-commit", "scp", "tensorboard"}
 """Programs of others whose arguments are not parsed here."""
 
 
-def name_page(page: Path) -> str:
+def name_page(page) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-def find_blocks(page: Path, language: str) -> list[str]:
+def find_blocks(page, language: str) -> list[str]:
     """The page's fenced blocks of one language, whatever their indentation."""
     pattern = re.compile(rf"^( *)```{language}\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
     text = page.read_text(encoding="utf-8")
     return [re.sub(rf"^{indent}", "", block, flags=re.MULTILINE) for indent, block in pattern.findall(text)]
 
 
-def find_commands(page: Path) -> list[str]:
+def find_commands(page) -> list[str]:
     text = page.read_text(encoding="utf-8")
     lines = "\n".join(find_blocks(page, "bash")).replace("\\\n", " ").splitlines()
     lines += re.findall(r"^    ((?:python3?|new-llm|make) .*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.M)
@@ -88,7 +87,7 @@ def parse_own(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             read_arguments(command.execute, monkeypatch)
 
 
-def parse_script(script: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def parse_script(script, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A Python program of this repository: a launcher of a command, or one that reads its own flags."""
     assert script.is_file(), f"{script} does not exist"
     source = script.read_text(encoding="utf-8")

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -110,7 +109,7 @@ def test_a_file_of_settings_is_begun_from(tmp_path):
 
 
 @pytest.fixture
-def runs(trained_run, tmp_path) -> Path:
+def runs(trained_run, tmp_path):
     """A finished run, one whose second model is being trained, a broken one, and no run."""
     folder = tmp_path / "runs"
     shutil.copytree(trained_run["folder"], folder / "second")
@@ -153,7 +152,7 @@ def test_the_table_and_one_run(runs, trained_run, capsys, monkeypatch):
     assert "config.yaml: not valid YAML" in refuse(capsys, "runs", "show", "broken", "--runs-dir", runs)
 
 
-def write_run(folder: Path, perplexity: float, seed: int = 0, model: str = "infini") -> Path:
+def write_run(folder, perplexity: float, seed: int = 0, model: str = "infini"):
     nothing = dict.fromkeys(("standard_error", "word_perplexity", "bits_per_byte"))
     verdict = {"level": "normal", "text": "normal"}
     sliding = nothing | {"perplexity": perplexity, "unigram_perplexity": 600.0, "verdict": verdict}

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import re
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -64,13 +63,13 @@ SENTENCES = ("capital", "The capital of France is", "Paris.", "Paris is the capi
 FACT = ("capital", "France", "Paris", "The capital of {subject} is {object}.", "{object} is the capital of {subject}.")
 
 
-def write_csv(path: Path, header: tuple[str, ...], *rows: tuple[str, ...]) -> Path:
+def write_csv(path, header: tuple[str, ...], *rows: tuple[str, ...]):
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
     return path
 
 
-def write_jsonl(path: Path, header: tuple[str, ...], *rows: tuple[str, ...]) -> Path:
+def write_jsonl(path, header: tuple[str, ...], *rows: tuple[str, ...]):
     path.write_text("\n".join(json.dumps(dict(zip(header, row, strict=True))) for row in rows))
     return path
 

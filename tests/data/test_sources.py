@@ -4,7 +4,6 @@ import gzip
 import json
 import lzma
 import re
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,11 +16,11 @@ from new_llm.data.sources import load_documents, open_source
 from tiny import refused, run_python
 
 
-def read(path: Path | str, **options) -> list[tuple[str, str]]:
+def read(path, **options) -> list[tuple[str, str]]:
     return list(load_documents(DataConfig(source=str(path), **options)))
 
 
-def read_error(path: Path | str, source: str | None = None, **options) -> str:
+def read_error(path, source: str | None = None, **options) -> str:
     with refused(re.escape(str(path))) as caught:
         read(source or path, **options)
     return str(caught.value)
@@ -48,7 +47,7 @@ def test_the_embedded_text_is_one_document_a_speech_and_needs_no_pandas():
     assert sum(len(text) for _, text in documents) > 12_000_000
 
 
-def write_packed(file: Path, content: bytes | list[str]) -> None:
+def write_packed(file, content: bytes | list[str]) -> None:
     """Texts as Parquet, bytes as the file's extension says: packed in two frames, as parallel compressors do."""
     if isinstance(content, list):
         pq.write_table(pa.table({"text": content, "n": range(len(content))}), file)

@@ -1,7 +1,4 @@
-"""Tiny studies, and what a study's processes do in tests.
-
-A module of its own, which a fresh process can import.
-"""
+"""Tiny studies, and what a study's processes do in tests, in a module that a fresh process can import."""
 
 import os
 import signal

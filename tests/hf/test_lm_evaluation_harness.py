@@ -4,7 +4,6 @@ import importlib.util
 import json
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -104,7 +103,7 @@ CONTEXT, STRIDE = 256, 128
 
 
 @pytest.fixture(scope="module")
-def checkpoint(shared_data: Path, tmp_path_factory) -> Path:
+def checkpoint(shared_data, tmp_path_factory):
     """A small GPT-NeoX with random weights and the GPT-NeoX tokenizer, as save_pretrained writes them."""
     folder = tmp_path_factory.mktemp("gpt_neox")
     torch.manual_seed(0)
@@ -122,7 +121,7 @@ def checkpoint(shared_data: Path, tmp_path_factory) -> Path:
     return folder
 
 
-def read_with_hugging_face(checkpoint: Path, text: str, max_tokens: int | None) -> tuple[float, int]:
+def read_with_hugging_face(checkpoint, text: str, max_tokens: int | None) -> tuple[float, int]:
     """The guide's loop: windows of CONTEXT every STRIDE tokens, each token scored in the first that reaches it."""
     model = GPTNeoXForCausalLM.from_pretrained(checkpoint).eval()
     ids = Tokenizer.from_file(str(checkpoint / "tokenizer.json")).encode(text).ids

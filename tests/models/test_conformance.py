@@ -4,7 +4,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -105,7 +104,7 @@ def test_autocast_keeps_memory_in_float32(name):
 
 @register_layer("own", options=InfiniOptions)
 class OwnLayer(InfiniLayer):
-    def forward(self, hidden: Tensor, memory: Any = None, segments: Segments | None = None):
+    def forward(self, hidden: Tensor, memory=None, segments: Segments | None = None):
         self.auxiliary_loss = self.mlp.dense_4h_to_h.weight.square().mean() if self.training else None
         return super().forward(hidden, memory, segments)
 
@@ -143,7 +142,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_broken_layers_are_found(fault):
     class Broken(OwnLayer):
-        def __init__(self, *args: Any) -> None:
+        def __init__(self, *args) -> None:
             super().__init__(*args)
             self.normalize = torch.nn.BatchNorm1d(args[0])
             if fault == "width":
@@ -174,7 +173,7 @@ def test_broken_layers_are_found(fault):
 # Transformer-XL: Pythia where it has no memory
 
 
-def build_xl(**options: Any) -> TransformerLM:
+def build_xl(**options) -> TransformerLM:
     layer = LayerCase("transformer_xl" if options else "pythia", {"rotary_pct": 0.5, **options})
     return build_model([layer, layer], dtype=torch.float32)
 
@@ -208,7 +207,7 @@ SEGMENT = 7
 by_stack = pytest.mark.parametrize("stack", ["pythia", "infini-rule-banks", "mixed", "infini-tokens"])
 
 
-def make_plain(model_type: str, **options: Any) -> TransformerLM:
+def make_plain(model_type: str, **options) -> TransformerLM:
     torch.manual_seed(3)
     return create_model(model_type, CONFIG, segment_length=SEGMENT, **options)
 

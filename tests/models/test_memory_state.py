@@ -1,7 +1,5 @@
 """The memory that a model holds: shared or per row, reset, saved, restored, merged, left alone when a call fails."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -23,7 +21,7 @@ from new_llm.models.state import STATE_VERSION, list_tensors
 from tiny import refused
 
 
-def fill(model: TransformerLM, rows=None, start=0, ids=None) -> dict[int, dict[str, Any]]:
+def fill(model: TransformerLM, rows=None, start=0, ids=None):
     """An empty memory, filled by a call of two segments and a bit, or of these ids; its state."""
     model.reset_memory(rows)
     with torch.no_grad():
@@ -241,7 +239,7 @@ def test_a_tree_that_is_held_moves_up_once_however_many_rows_are_added(rows):
     model, ids = get_model("hierarchical-fenwick-sum"), text_ids(3, 35)
     held = fill(model, ids=ids[:1, :15])  # three segments: blocks of two and of one
 
-    def add(ids: Tensor) -> dict[str, Any]:
+    def add(ids: Tensor):
         model.set_memory_state(held)
         model(ids, update_memory=True)
         return model.get_memory_state()[0]
@@ -258,7 +256,7 @@ def test_states_that_do_not_belong_together_are_refused():
     options = {"use_delta_rule": False}
     multi = LayerCase("multi_memory", options)
 
-    def read(*cases: LayerCase) -> dict[int, dict[str, Any]]:
+    def read(*cases: LayerCase):
         return fill(build_model(list(cases)))
 
     state = read(multi)
@@ -277,7 +275,7 @@ def test_states_that_do_not_belong_together_are_refused():
 
 
 def test_memories_of_ones_own_add_field_by_field_within_range():
-    def make(total: float, count: int) -> dict[int, dict[str, Any]]:
+    def make(total: float, count: int):
         plain = {"layer_kind": "mean", "version": STATE_VERSION, "per_row": False, "additive": True}
         return {0: {**plain, "total": torch.full((2,), total), "count": torch.tensor(count)}}
 

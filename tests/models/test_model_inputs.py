@@ -1,7 +1,6 @@
 """Bad input: a ValueError of one line that names what is allowed."""
 
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
@@ -59,7 +58,7 @@ def test_each_model_takes_its_options_in_range_and_no_others(model_type):
 
 
 def test_the_defaults_are_the_design_s_and_options_reach_the_layer():
-    def read(kind: str, **options: Any) -> tuple[Any, ...]:
+    def read(kind: str, **options):
         layer = create_model(kind, CONFIG, **options).layers[0].attention
         return layer.num_memory_heads, layer.num_memories, layer.segments_per_memory, layer.use_delta_rule
 

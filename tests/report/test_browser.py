@@ -2,8 +2,6 @@
 
 import math
 import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
 from report_runs import MODELS, make_record, write_run
@@ -20,7 +18,7 @@ FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-back
 
 
 @pytest.fixture
-def open_page(with_long: dict[str, Any], tmp_path: Path):
+def open_page(with_long, tmp_path):
     """Opens the report of a run; at the end nothing may have been loaded from elsewhere, and nothing gone wrong."""
     with_long["models"][2]["evaluation"]["reversal"] = None
     folder = write_run(tmp_path / "four", with_long, *(make_record(with_long, name) for name in MODELS[1:3]))
@@ -29,7 +27,7 @@ def open_page(with_long: dict[str, Any], tmp_path: Path):
     complaints: list[str] = []
     with sync_api.sync_playwright() as playwright:
 
-        def open_in(width: int = 1200, **options: Any) -> Any:
+        def open_in(width: int = 1200, **options):
             context = playwright.chromium.launch_persistent_context(
                 tmp_path / "profile",
                 executable_path=CHROMIUM,
@@ -50,7 +48,7 @@ def open_page(with_long: dict[str, Any], tmp_path: Path):
     assert {url for url in requests if not url.startswith("data:")} == {page_file.as_uri()}
 
 
-def read_column(page: Any, column: int) -> list[str]:
+def read_column(page, column: int) -> list[str]:
     return page.eval_on_selector_all(
         "table.summary tbody tr", "(rows, i) => rows.map((row) => row.cells[i].innerText.trim())", column
     )

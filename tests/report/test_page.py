@@ -3,7 +3,6 @@ import hashlib
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 from report_runs import Page, read_page, set_at
@@ -28,7 +27,7 @@ CHARTS = {
 }
 
 
-def show(results: dict[str, Any]) -> Page:
+def show(results) -> Page:
     return read_page([make_run(results)])
 
 
@@ -166,7 +165,7 @@ def test_a_part_of_another_form_is_one_line(results, path):
 @pytest.mark.parametrize("value", [float("nan"), 1e308, -1.0], ids=["nan", "huge", "minus"])
 @pytest.mark.filterwarnings("error")
 def test_numbers_that_no_axis_can_hold(results, value):
-    def spoil(entry: Any) -> Any:
+    def spoil(entry):
         if isinstance(entry, dict):
             return {key: spoil(item) for key, item in entry.items()}
         if isinstance(entry, list):
