@@ -1,5 +1,6 @@
 """The page in headless Chromium: what no look at its text can tell."""
 
+import contextlib
 import math
 import shutil
 
@@ -25,17 +26,12 @@ def open_page(with_long, tmp_path):
     write_page(read_runs([folder]), page_file := folder / "report.html")
     requests: list[str] = []
     complaints: list[str] = []
-    with sync_api.sync_playwright() as playwright:
+    with sync_api.sync_playwright() as playwright, contextlib.ExitStack() as opened:
 
         def open_in(width: int = 1200, **options):
-            context = playwright.chromium.launch_persistent_context(
-                tmp_path / "profile",
-                executable_path=CHROMIUM,
-                headless=True,
-                args=FLAGS.split(),
-                viewport={"width": width, "height": 900},
-                **options,
-            )
+            options |= {"executable_path": CHROMIUM, "args": FLAGS.split(), "viewport": {"width": width, "height": 900}}
+            launch = playwright.chromium.launch_persistent_context
+            context = opened.enter_context(launch(tmp_path / "profile", headless=True, **options))
             context.on("request", lambda request: requests.append(request.url))
             page = context.pages[0]
             page.on("console", lambda message: complaints.append(message.text))
