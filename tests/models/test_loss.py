@@ -38,6 +38,15 @@ def test_token_losses_are_the_log_probabilities_of_the_next_tokens(extra):
             assert_near(losses[row, t], expected, 1e-12)
 
 
+@pytest.mark.parametrize("name", ["pythia", "infini-delta", "tokens"])
+def test_second_derivatives_are_refused(name):
+    """They would lack the part that goes through fast functions."""
+    model, ids = get_model(name), text_ids(2, 9)
+    for value in (model.compute_loss(ids, ids)[0], *([] if name == "pythia" else [model(ids).logsumexp(-1).sum()])):
+        with pytest.raises(RuntimeError, match="create_graph"):
+            torch.autograd.grad(value, model.embed_in.weight, create_graph=True)
+
+
 def test_masked_and_ignored_tokens_are_no_targets():
     model = get_model("mixed", segment_length=4)
     ids = text_ids(2, 9)

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from new_llm.models.ops import kernels
 from new_llm.models.ops.gated_delta import add_product, chain_chunks, find_solver, invert
@@ -246,7 +245,7 @@ class _Scan(torch.autograd.Function):
         return reads, held - rest
 
     @staticmethod
-    @once_differentiable
+    @kernels.differentiate_once
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, beta, writes, solved, products, errors, rest, retained, *states = ctx.saved_tensors
         for_reads, g = upstreams

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, library
-from torch.autograd.function import once_differentiable
 
 from new_llm.models.ops import kernels
 from new_llm.models.ops.kernels import native
@@ -198,7 +197,7 @@ class _Inverse(torch.autograd.Function):
 
     forward = staticmethod(_invert)
     setup_context = staticmethod(_keep_inverse)
-    backward = staticmethod(once_differentiable(_differentiate_inverse))  # pyright: ignore[reportAssignmentType]
+    backward = staticmethod(kernels.differentiate_once(_differentiate_inverse))  # pyright: ignore[reportAssignmentType]
 
 
 def chain_chunks(
@@ -355,4 +354,4 @@ class _Chain(torch.autograd.Function):
 
     forward = staticmethod(_advance)
     setup_context = staticmethod(_keep_chain)
-    backward = staticmethod(once_differentiable(partial(_differentiate_chain, _retreat)))  # pyright: ignore[reportAssignmentType]
+    backward = staticmethod(kernels.differentiate_once(partial(_differentiate_chain, _retreat)))  # pyright: ignore[reportAssignmentType]

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from new_llm.models.inputs import IGNORE_INDEX, compute_token_losses
 from new_llm.models.ops import kernels
@@ -168,7 +167,7 @@ class _SummedLoss(torch.autograd.Function):
         return losses.sum()
 
     @staticmethod
-    @once_differentiable
+    @kernels.differentiate_once
     def backward(ctx: Any, *upstreams: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (upstream,) = upstreams
         gradients, ctx.gradients = ctx.gradients, None
@@ -195,7 +194,7 @@ class _RowLosses(torch.autograd.Function):
         return _differentiate(hidden, weight, targets, label_weights, settings, (False, False))[0]
 
     @staticmethod
-    @once_differentiable
+    @kernels.differentiate_once
     def backward(ctx: Any, *upstreams: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (upstream,) = upstreams
         hidden, weight, targets, label_weights = ctx.saved_tensors

@@ -79,6 +79,7 @@ class _ScaleToLength(torch.autograd.Function):
         return (wide / norms if lengths is None else wide * (lengths.unsqueeze(-1) / norms)).to(dtype)
 
     @staticmethod
+    @kernels.differentiate_once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, norms, lengths = ctx.saved_tensors
         if norms.dim() < x.dim():

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, library
-from torch.autograd.function import once_differentiable
 
 from new_llm.models.ops import kernels
 from new_llm.models.ops.memory import sum_outer_products
@@ -586,4 +585,4 @@ class Scan(torch.autograd.Function):
 
     forward = staticmethod(scan)
     setup_context = staticmethod(_keep)
-    backward = staticmethod(once_differentiable(partial(_differentiate_by, scan_backward)))  # pyright: ignore[reportAssignmentType]
+    backward = staticmethod(kernels.differentiate_once(partial(_differentiate_by, scan_backward)))  # pyright: ignore[reportAssignmentType]

@@ -4,9 +4,12 @@ One switch turns both off: the environment variable NEW_LLM_KERNELS=0. Before a 
 compares device, dtype, shape and layout with what the kernel was written for, whatever torch's defaults are.
 """
 
+import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,3 +74,19 @@ def check_tensor(
         f"{name}: {list(t.shape)} of {t.dtype} on {t.device}, {layout}; the kernel takes a contiguous "
         f"{list(shape)} of {dtype or 'any dtype'} on {device or 'the CPU'}"
     )
+
+
+def differentiate_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a backward without a derivative of its own: asking for one is a RuntimeError.
+
+    torch's `once_differentiable` lets second derivatives be 0 where the gradient from above is a constant, as for a
+    loss, or where `torch.autograd.grad` is asked for those of some tensors.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *upstreams: Any) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("create_graph: New-LLM's fast functions have no second derivatives")
+        return backward(ctx, *upstreams)
+
+    return run
