@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from new_llm.models.inputs import is_integer
 from new_llm.models.layers import LAYER_KINDS, Layer, Segments
 from new_llm.models.state import LayerMemory
 from new_llm.models.transformer import TransformerLM
@@ -75,6 +76,8 @@ def check_form(layer: Layer) -> None:
         for name, value in empty.tensors().items():
             assert isinstance(value, Tensor), f"{name} of the memory is a {type(value).__name__}, not a tensor or None"
             assert value.shape[:1] == (2,), f"{name} of the memory has shape {tuple(value.shape)}; rows come first"
+            is_number = value.is_floating_point() or is_integer(value)
+            assert is_number, f"{name} of the memory is {value.dtype}; floating-point numbers or counts are needed"
             assert not value.any(), f"{name} of an empty memory is not all zeros"
         expected = _list_forms(empty)
     if layer.stands_before_head:
@@ -86,6 +89,8 @@ def check_form(layer: Layer) -> None:
     assert is_pair, "forward returns a pair: the new hidden states, and the memory or None"
     hidden, memory = found
     assert hidden.shape == like.shape, f"forward maps {tuple(like.shape)} to {tuple(hidden.shape)}; shapes stay"
+    assert hidden.dtype == like.dtype, f"forward maps {like.dtype} to {hidden.dtype}; the dtype stays"
+    assert not like.any(), "forward changes its input in place"
     if given is not None:
         changed = [name for name, value in given.tensors().items() if value.any()]
         assert not changed, f"forward changes {', '.join(changed)} of the memory in place; it returns a new memory"
@@ -119,6 +124,8 @@ def draw_ids(model: TransformerLM, rows: int, length: int) -> Tensor:
 def check_causality(model: TransformerLM, ids: Tensor, places: Iterable[int] | None = None) -> None:
     """Logits do not depend on later tokens, and do depend on the token itself; None: at all places."""
     expected = model(ids)
+    what = "two calls differ: outside training nothing is random or kept; logits"
+    _assert_near(model, model(ids), expected, what, is_rounded=False)
     for place in range(ids.shape[1]) if places is None else places:
         changed = ids.clone()
         changed[:, place:] = (changed[:, place:] + 1) % model.vocab_size
@@ -224,9 +231,12 @@ def check_held_memory(model: TransformerLM, ids: Tensor) -> None:
     with_memory = model(ids)
     for index, key, value in _list_tensors(model.get_memory_state()):
         assert torch.equal(value, before[index][key]), "a call without update_memory changed the held memory"
+    model.reset_rows(torch.ones(len(ids), dtype=torch.bool))
+    emptied = model(ids)
     model.reset_memory()
+    _assert_near(model, model(ids), emptied, "logits from memory None and from an empty memory")
     if model.memory_layers:
-        assert not torch.equal(model(ids), with_memory), "the layer has_memory, but what it read changes nothing"
+        assert not torch.equal(emptied, with_memory), "the layer has_memory, but what it read changes nothing"
 
 
 def check_precision(model: TransformerLM, ids: Tensor) -> None:

@@ -138,6 +138,8 @@ def test_a_pythia_of_a_directory_gets_a_memory(tmp_path):
             model_name=str(tmp_path / folder), layers=(0, 2), segment_length=4
         )
         assert model.segment_length == 4
+        with pytest.raises(ValueError, match="segment_length: -4"):
+            infini_adapter.load_base(tmp_path / folder, segment_length=-4)
         assert torch.equal(model(IDS), base(IDS))
         assert not any(p.requires_grad for name, p in model.named_parameters() if name.startswith("embed"))
 

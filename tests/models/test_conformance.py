@@ -1,8 +1,9 @@
 """Every built-in layer and selective output keep the contract; broken layers are found."""
 
+import copy
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,9 @@ from model_cases import (
     text_ids,
 )
 from new_llm.models import TransformerLM, create_model, save_memory_file, save_model
-from new_llm.models.layers import InfiniLayer, ReadTokens, Segments, register_layer
+from new_llm.models.layers import InfiniLayer, Layer, ReadTokens, Segments, register_layer
 from new_llm.models.layers.infini import InfiniOptions
+from new_llm.models.state import LayerMemory
 from new_llm.testing import check_layer, check_model, draw_ids
 from tiny import make_shape
 
@@ -123,6 +125,61 @@ def test_auxiliary_losses_reach_training_and_no_evaluation():
     torch.testing.assert_close(model.train().total_loss(ids, ids), 9 * (measured + extra))
 
 
+def test_auxiliary_losses_are_averaged_over_the_segments_of_several_passes_and_not_copied():
+    layer = LayerCase("multi_memory", {"router": "top1", "balance_weight": 1.0})
+    model = TransformerLM([layer.build()], VOCAB_SIZE, 4, initializer_range=0.3, skip_interval=1).double()
+    ids = text_ids(1, 8)
+
+    def find_extra(part: Tensor) -> Tensor:
+        held, losses = model.keep_memory(), []
+        for is_training in (True, False):
+            model.restore_memory(held)
+            losses.append(model.train(is_training).compute_loss(part, part, update_memory=True)[0])
+        return losses[0] - losses[1]
+
+    parts = [find_extra(part) for part in ids.split(4, dim=1)]
+    model.reset_memory()
+    torch.testing.assert_close(find_extra(ids), (parts[0] + parts[1]) / 2)
+    model.train()(ids)
+    copy.deepcopy(model)
+
+
+def test_checkpointing_draws_the_same_random_numbers_again():
+    model, ids, found = TransformerLM([make_own()], 64, 4).train(), torch.arange(10).view(1, 10), []
+    model.layers[0].mlp.register_forward_hook(lambda _, __, out: torch.nn.functional.dropout(out))
+    for model.gradient_checkpointing in (False, True):
+        torch.manual_seed(0)
+        found.append(torch.autograd.grad(model.compute_loss(ids, ids)[0], model.embed_in.weight)[0])
+    assert torch.equal(*found)
+
+
+@dataclass(frozen=True)
+class Total(LayerMemory):
+    total: Tensor
+
+
+@register_layer("bare")
+class Bare(Layer):
+    has_memory, hidden_size = True, 16
+
+    def empty_memory(self, rows, like):
+        return Total(torch.zeros(rows, 16, dtype=torch.float64))
+
+    def forward(self, hidden, memory=None, segments=None):
+        total = self.empty_memory(len(hidden), hidden).total if memory is None else memory.total
+        return hidden + total[:, None, None].to(hidden), Total(total + hidden.mean((1, 2)))
+
+
+def test_a_layer_without_weights_keeps_a_memory_of_its_own_precision():
+    model, ids = TransformerLM([Bare()], 64, 4), torch.arange(10).view(2, 5)
+    model(ids, update_memory=True)
+    before = model.get_memory_state()
+    model(ids)
+    assert_states_equal(model.get_memory_state(), before)
+    assert before[0]["total"].dtype == torch.float64
+    assert model.memory_info()["total_bytes"] == 16 * 8
+
+
 FAULTS = {
     "future": "the future leaks: logits before changed token 1",
     "rows": "rows mix: logits of row 0 alone and in a batch",
@@ -135,6 +192,11 @@ FAULTS = {
     "alone": "forward returns a pair",
     "none": "forward returns NoneType in place of the memory",
     "narrow": r"forward maps \(2, 1, 3, 16\) to \(2, 1, 3, 8\)",
+    "dtype": "forward maps torch.float64 to torch.float32",
+    "input": "forward changes its input in place",
+    "random": "two calls differ",
+    "begin": "logits from memory None and from an empty memory",
+    "flags": "num_tokens of the memory is torch.bool",
     "width": "the layer needs its width as self.hidden_size",
 }
 
@@ -150,13 +212,20 @@ def test_broken_layers_are_found(fault):
 
         def empty_memory(self, rows, like):
             empty = super().empty_memory(rows, like)
-            wrong = {"full": {"memories": empty.memories + 1}, "number": {"num_tokens": 0}}
+            flags = {"num_tokens": empty.num_tokens.bool()}
+            wrong = {"full": {"memories": empty.memories + 1}, "number": {"num_tokens": 0}, "flags": flags}
             return replace(empty, **wrong.get(fault, {}))
 
         def forward(self, hidden, memory=None, segments=None):
             if fault == "padding":
                 segments = Segments(None, segments.write_last)
+            if fault == "begin" and memory is None:  # in place of a learned one that an emptied memory reads, too
+                memory = replace(empty := super().empty_memory(len(hidden), hidden), norms=empty.norms + 1)
             out, written = super().forward(hidden, memory, segments)
+            if fault == "random":
+                out = torch.nn.functional.dropout(out)
+            if fault == "input":
+                hidden += 1
             if fault in ("future", "rows"):
                 out = out + hidden.mean(2 if fault == "future" else 0, keepdim=True)
             if fault == "batch-norm":
@@ -164,6 +233,7 @@ def test_broken_layers_are_found(fault):
             if fault == "in-place" and memory is not None:
                 memory.norms.add_(1)
             returned = {"alone": out, "none": (out, None), "narrow": (out[..., :8], written)}
+            returned["dtype"] = out.float(), written
             return returned.get(fault, (out, written.emptied() if fault == "write" else written))
 
     with pytest.raises(AssertionError, match=FAULTS[fault]):

@@ -272,6 +272,9 @@ def test_states_that_do_not_belong_together_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             merge_memory_states([state, other])
+    for wrong in ([state, None], state):
+        with pytest.raises(ValueError, match="not a memory state"):
+            merge_memory_states(wrong)
 
 
 def test_memories_of_ones_own_add_field_by_field_within_range():

@@ -89,6 +89,19 @@ def test_a_closed_stream_and_rows_that_do_not_fit_are_refused():
         model.open_stream(3)
 
 
+def test_a_stream_may_leave_inference_mode():
+    model, ids = get_model("infini-tokens"), text_ids(2, 12)
+    with torch.inference_mode():
+        stream = model.open_stream(2)
+        pieces = [stream.feed(ids[:, :4])]
+    pieces.append(stream.feed(ids[:, 4:8]))
+    with torch.inference_mode():
+        pieces.append(stream.feed(ids[:, 8:]))
+    assert_near(torch.cat(pieces, dim=1), model(ids).detach(), 1e-9)
+    stream.close(update_memory=True)
+    model.compute_loss(ids, ids)[0].backward()
+
+
 def test_a_stream_adds_what_it_read_to_a_memory_that_has_grown_meanwhile():
     """Rows' changes are summed into the shared memory, in whichever order the texts end."""
     model = get_model("mixed-sums", segment_length=5)

@@ -1,7 +1,9 @@
 """The stateful shell: the memory that a model holds between calls."""
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -153,10 +155,12 @@ class HeldMemory(nn.Module):
         for index, memory in enumerate(self._held):
             if memory is None:
                 continue
-            dtype = torch.promote_types(next(self.layers[index].parameters()).dtype, torch.float32)
-            tensors = memory.tensors().values()
-            if any(t.device != device or (t.is_floating_point() and t.dtype != dtype) for t in tensors):
-                memory = memory.to(device, dtype)
+            tensors, dtype = memory.tensors(), self._find_like(index).dtype
+            wide = torch.promote_types(dtype, torch.float32)
+            if any(t.device != device or (t.is_floating_point() and t.dtype != wide) for t in tensors.values()):
+                plan = self.layer_list[index].plan_memory(dtype).tensors()  # a layer may want a dtype of its own
+                moved = {name: t.to(device, plan.get(name, t).dtype) for name, t in tensors.items()}
+                memory = replace(memory, **moved)
             # Tensors made under inference_mode can't be saved for backward; a copy made outside can.
             if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in memory.tensors().values()):
                 memory = memory.clone()
@@ -179,5 +183,8 @@ class HeldMemory(nn.Module):
         self._held = held
 
     def _empty(self, index: int, rows: int) -> LayerMemory:
-        layer = self.layer_list[index]
-        return layer.empty_memory(rows, next(layer.parameters()))
+        return self.layer_list[index].empty_memory(rows, self._find_like(index))
+
+    def _find_like(self, index: int) -> Tensor:
+        """A parameter of a layer, or the model's first one where the layer has none: its device and precision count."""
+        return next(itertools.chain(self.layers[index].parameters(), self.parameters()))

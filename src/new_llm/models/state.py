@@ -49,9 +49,9 @@ class LayerMemory:
         """Bytes of its floating-point tensors."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values() if t.is_floating_point())
 
-    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Self:
-        """A copy on another device, with floating-point tensors in another dtype."""
-        return map_tensors(self, lambda t: t.to(device, dtype if t.is_floating_point() else None))
+    def to(self, device: torch.device) -> Self:
+        """A copy on another device."""
+        return map_tensors(self, lambda t: t.to(device))
 
     def clone(self) -> Self:
         """A detached copy."""
@@ -321,6 +321,8 @@ def merge_memory_states(states: list[dict[int, dict[str, Any]]]) -> dict[int, di
     if not states:
         raise ValueError("merge_memory_states needs at least one state")
     for number, state in enumerate(states):
+        if not isinstance(state, dict):
+            raise ValueError(f"state {number} is a {type(state).__name__}, not a memory state: pass a list of states")
         if set(state) != set(states[0]):
             raise ValueError(
                 f"state {number} has memory layers {sorted(state)}, state 0 has {sorted(states[0])}: they can't merge"

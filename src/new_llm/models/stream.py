@@ -46,6 +46,7 @@ class MemoryStream:
         self._capacity = 0
         self._is_closed = False
         self._is_reset = False
+        self._is_inference = False  # whether the last call ran under inference_mode
 
     @torch.no_grad()
     def feed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -60,6 +61,11 @@ class MemoryStream:
         check_input_ids(input_ids, self.model.vocab_size)
         if input_ids.shape[0] != self.batch_size:
             raise ValueError(f"{input_ids.shape[0]} rows of tokens for a stream of {self.batch_size}")
+        if (
+            self._is_inference and not torch.is_inference_mode_enabled()
+        ):  # its tensors can't be changed in place outside
+            self.opened = map_tensors(self.opened, torch.clone)
+        self._is_inference = torch.is_inference_mode_enabled()
         packing = plan_packing(attention_mask, input_ids)
         if packing is None:
             return self._feed_packed(input_ids, [input_ids.shape[1]] * self.batch_size)
@@ -114,7 +120,7 @@ class MemoryStream:
         for index, layer in enumerate(self.model.layer_list):
             memory = self.memories[index]
             if layer.has_memory and memory is None:
-                memory = layer.empty_memory(self.batch_size, next(layer.parameters()))
+                memory = self.model._empty(index, self.batch_size)
             self.memories[index] = None if memory is None else memory.clone()  # what the model holds must not change
         self.opened = map_tensors(self.opened, torch.clone)
 
@@ -171,6 +177,7 @@ class MemoryStream:
         self.offsets = [0 if is_reset else at for is_reset, at in zip(rows.tolist(), self.offsets, strict=True)]
         self._places, self._is_reset = None, True
 
+    @torch.no_grad()
     def close(self, *, update_memory: bool = False) -> None:
         """End the stream; with `update_memory` also write open segments and add what was read to the held memory.
 

@@ -185,6 +185,8 @@ class TransformerLM(HeldMemory):
         packing = plan_packing(attention_mask, input_ids)
         packed = input_ids if packing is None else packing.pack(input_ids)
         num_passes = self.count_passes(use_selective)
+        if self.training:
+            self._take_auxiliary_losses()  # of a call whose loss was not asked for, or of one that backward ran again
         passes, memories = self.run_segments(packed, memories, packing, write_last=update_memory, num_passes=num_passes)
         if update_memory:
             self._hold(memories, start)
@@ -240,10 +242,15 @@ class TransformerLM(HeldMemory):
         num_segments = hidden.shape[1]
         if num_passes > 1 and num_segments > 1 and self.memory_layers:
             parts: list[list[Tensor]] = []
+            losses: dict[Layer | Attention, Tensor] = {}
             for index, part in enumerate(hidden.split(1, dim=1)):
                 one = segments.select(index, num_segments)
                 passes, memories = self._run_passes(part, memories, one, num_passes)
                 parts.append(passes)
+                for holder, loss in self._take_auxiliary_losses().items() if self.training else ():
+                    losses[holder] = losses.get(holder, 0) + loss / num_segments
+            for holder, loss in losses.items():
+                holder.auxiliary_loss = loss
             return [torch.cat(same_pass, dim=1) for same_pass in zip(*parts, strict=True)], memories
         passes, written, embedded = [], memories, hidden
         for number in range(num_passes):
@@ -255,8 +262,8 @@ class TransformerLM(HeldMemory):
                 index: int, layer: Layer, entering: Tensor, written: Any = written, reading: Any = reading
             ) -> Tensor:
                 if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-                    entering, written[index] = checkpoint(layer, entering, memories[index], reading, **options)
+                    kept: Any = checkpoint(layer, entering, memories[index], reading, use_reentrant=False)
+                    entering, written[index] = kept
                 else:
                     entering, written[index] = layer(entering, memories[index], reading)
                 return entering
@@ -430,13 +437,18 @@ class TransformerLM(HeldMemory):
 
     def add_auxiliary_loss(self, total: Tensor, targets: Tensor) -> Tensor:
         """A summed loss plus, in training, the auxiliary losses of the last call, once per target; clears them."""
-        holders = [part for part in self.layers.modules() if isinstance(part, Layer | Attention)]
-        found = [part.auxiliary_loss for part in holders if part.auxiliary_loss is not None]
-        for part in holders:
-            part.auxiliary_loss = None
+        found = list(self._take_auxiliary_losses().values())
         if not self.training or not found:
             return total
         return total + torch.stack(found).sum() * (targets != IGNORE_INDEX).sum()
+
+    def _take_auxiliary_losses(self) -> dict[Layer | Attention, Tensor]:
+        """The auxiliary losses that layers and attentions hold, which hold none afterwards."""
+        holders = [part for part in self.layers.modules() if isinstance(part, Layer | Attention)]
+        found = {part: part.auxiliary_loss for part in holders if part.auxiliary_loss is not None}
+        for part in found:
+            part.auxiliary_loss = None
+        return found
 
     def _score(
         self, hidden: Tensor, targets: Tensor, reduction: Literal["none", "sum"], weights: Tensor | None

@@ -109,6 +109,8 @@ def load_base(name: str | Path, *, revision: str | None = None, segment_length: 
     folder = Path(name).expanduser()
     if (folder / STRUCTURE_FILE).is_file():
         model = load_model(folder)
+        if segment_length is not None and segment_length < 1:
+            raise UserError(f"segment_length: {segment_length} is not positive")
         model.segment_length = segment_length or model.segment_length
     else:
         model = load_pythia(name, revision, segment_length=segment_length)

@@ -132,6 +132,11 @@ class OpenInputs:
         return Segments(mark_valid(counts, longest).unsqueeze(1), write_last, tokens)
 
 
+def _leave_out_loss(self: nn.Module) -> dict[str, Any]:
+    """What a copy of a layer, or a pickled one, takes: not the auxiliary loss, which belongs to a call's graph."""
+    return {name: value for name, value in vars(self).items() if name != "auxiliary_loss"}
+
+
 class Layer(nn.Module, ABC):
     """The interface of a layer; `Block` is a base around an attention. Register a kind with `register_layer`.
 
@@ -161,6 +166,7 @@ class Layer(nn.Module, ABC):
     hidden_size: int
     auxiliary_loss: Tensor | None = None
     """A scalar loss that `forward` may set in training; the model adds it to the loss of each token."""
+    __getstate__ = _leave_out_loss
 
     @abstractmethod
     def forward(
@@ -183,14 +189,16 @@ class Layer(nn.Module, ABC):
         """Empty memories for `rows` rows, on the device of `like` and in its dtype, float32 at least."""
         raise NotImplementedError(f"{type(self).__name__} has_memory, but does not define empty_memory")
 
+    def plan_memory(self, dtype: torch.dtype) -> LayerMemory:
+        """The shapes and dtypes of one memory of a layer in this precision, on the meta device."""
+        with torch.device("meta"):
+            return self.empty_memory(1, torch.empty(0, dtype=dtype))
+
     @property
     def memory_bytes(self) -> int:
         """Bytes of one memory in the layer's precision, float32 at least."""
-        if not self.has_memory:
-            return 0
-        like = next(self.parameters())
-        with torch.device("meta"):
-            return self.empty_memory(1, torch.empty(0, dtype=like.dtype)).num_bytes
+        dtype = next((parameter.dtype for parameter in self.parameters()), torch.float32)
+        return self.plan_memory(dtype).num_bytes if self.has_memory else 0
 
     @property
     def memory_facts(self) -> MemoryFacts:
@@ -285,6 +293,7 @@ class Attention(nn.Module, ABC):
 
     auxiliary_loss: Tensor | None = None
     """As `Layer.auxiliary_loss`."""
+    __getstate__ = _leave_out_loss
     has_step: ClassVar[bool] = False
     """Whether there are `step` and `end_segments`, as in a class that defines `step`; without them the layer runs open
     segments again."""
