@@ -1,15 +1,19 @@
-"""Charts as data: a Vega-Lite specification beside the rows that it draws.
+"""Charts as data: a Vega-Lite specification and the rows that it plots.
 
-Whatever measures something builds its charts here, without drawing them; `new_llm.report.figures` turns a chart into
-SVG or PNG, and `Chart.to_csv` gives the numbers. Rows are copied under fixed field names, so that text from files is
-always a value and never part of the specification.
+Measures build charts here; `new_llm.report.figures` renders them as SVG or PNG, and `Chart.to_csv` returns the numbers.
+Rows are copied under fixed field names, so that text from files is always a value and never part of the specification.
 
-All charts take a name (of their files), a title, a caption, the rows, and the names of columns: places `x`, heights
-`y`, `series` (which line or bar a row belongs to; None: there is one), `low` and `high` (the ends of an interval).
-A row that can't be drawn (missing, not finite, ≤ 0 on a logarithmic axis) is left out; rows of one place and
-series, seeds of a model, become their mean with a band from the lowest to the highest. `y_format` says in d3's
-language how values read, as ".1%"; `reference` draws a level; `view` is the chart's label among the views of one
-figure.
+Every chart function takes
+
+- name: for its files; title; caption.
+- rows, and the names of their columns: `x`, `y`, `series` (which line or bar a row belongs to; None: there is only
+  one), `low` and `high` (the ends of an interval).
+- y_format: how values are printed, in d3's format language, e.g. ".1%".
+- reference: the value at which to draw a dashed line.
+- view: the label by which the page switches between charts with the same title.
+
+Rows that can't be drawn (missing, not finite, ≤ 0 on a logarithmic axis) are left out. Several rows with the same x and
+series, e.g. a model's seeds, become their mean with a band from the lowest to the highest.
 """
 
 import csv
@@ -20,18 +24,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# The report replaces these colours by its own variables, one set for each theme. After Okabe and Ito, darkened for
-# contrast on white.
+# Okabe and Ito's colours, darkened for contrast on white. The report replaces them with CSS variables for its themes.
 PALETTE = ("#0072b2", "#d55e00", "#008f68", "#aa4499", "#a06f00", "#3f8fc4", "#59636d")
 INK, MUTED, GRID, HEAT, HEAT_INK = "#1d2329", "#5c6670", "#e6e8ea", "#0b5c99", "#fefefe"
 SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "stroke")
 
 WIDTH, HEIGHT = 480, 260
 BAR_STEP, CELL_STEP = 24, 30
-MAX_MARKED = 40  # points of a series that get a mark each; of more, some have only a tooltip
+MAX_MARKED = 40  # a series with more points has no visible marks and about MAX_TOOLTIPS invisible ones for tooltips
 MAX_TOOLTIPS = 24
 MAX_LABELLED_CELLS, MAX_LABELLED_COLUMNS = 150, 12
-MAX_VARIETIES = 12  # of a point chart that are named beside their points
+MAX_VARIETIES = 12  # with more varieties than this, a point chart names them in tooltips only
 MAX_LABEL, LETTER_WIDTH = 220, 8.6
 
 Row = dict[str, Any]
@@ -39,17 +42,17 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Chart:
-    """One picture and what it shows.
+    """A chart and the numbers behind it.
 
     Attributes:
-        name: of its files; lower case, digits and hyphens.
+        name: for its files; converted to lower-case letters, digits and hyphens.
         title: what it shows, in a few words.
         caption: how to read it, and what can be concluded.
-        spec: Vega-Lite, with its data inside.
-        rows: the numbers that are drawn, for the CSV file.
-        view: charts with one title are views of one figure, which the page switches between; this one's label.
-        is_log: whether its y-axis is logarithmic.
-        other: the same with the y-axis linear in place of logarithmic, or the other way round; None: it has one scale.
+        spec: the Vega-Lite specification, data included.
+        rows: the plotted numbers, for the CSV file.
+        view: this chart's label. Charts with the same title are views of one figure; the page switches between them.
+        is_log: whether the y-axis is logarithmic.
+        other: the specification with the other y-scale (linear or logarithmic); None if there is only one scale.
     """
 
     name: str
@@ -62,11 +65,11 @@ class Chart:
     other: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        # Names may hold a model's or a text's name.
+        # Names may contain the name of a model or a text, with any characters.
         object.__setattr__(self, "name", re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")[:80] or "chart")
 
     def to_csv(self) -> str:
-        """The rows as CSV with a header."""
+        """Return the rows as CSV with a header."""
         text = io.StringIO()
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
         writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -75,13 +78,13 @@ class Chart:
         return text.getvalue()
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        """What Jupyter shows: it draws Vega-Lite itself."""
+        """Return the specification for Jupyter, which renders Vega-Lite itself."""
         return {"application/vnd.vegalite.v5+json": self.spec, "text/plain": f"{self.title}: {len(self.rows)} rows"}
 
 
 @dataclass(frozen=True)
 class ShadedToken:
-    """A token of a shaded text: its text, the value that shades it (above 0: it helped), and what is shown on hover."""
+    """A token's text, the value that shades it (above 0: the memory helped) and the details shown on hover."""
 
     text: str
     value: float
@@ -90,14 +93,14 @@ class ShadedToken:
 
 @dataclass(frozen=True)
 class ShadedText:
-    """A passage whose tokens are shaded by a value, or several continuations of a text.
+    """A passage whose tokens are shaded by a value, or several continuations of a prompt.
 
     Attributes:
-        title: what it is.
-        before: the text ahead of it, unshaded.
-        tokens: of the passage, in order.
+        title: what the text is.
+        before: unshaded text before the passage, or the prompt.
+        tokens: the passage's tokens, in order.
         versions: (label, text) of each continuation.
-        view: texts are grouped by it, e.g. a model's name.
+        view: the name that groups texts, e.g. a model's.
     """
 
     title: str
@@ -125,10 +128,7 @@ def line_chart(
     reference: float | None = None,
     view: str = "",
 ) -> Chart:
-    """A line for each series, with a band where rows have the ends of an interval.
-
-    `x` may hold numbers or texts, in the order of the rows.
-    """
+    """Draw one line per series, with a band where rows have an interval. `x` holds numbers, or text in row order."""
     is_ordinal = any(isinstance(row.get(x), str) for row in rows)
     found = []
     for row in rows:
@@ -187,11 +187,11 @@ def point_chart(
     x_log: bool = False,
     view: str = "",
 ) -> Chart:
-    """A numbered point for each row, and an upright line where the row has the ends of an interval; a key of the names.
+    """Draw one numbered point per row, an error bar where the row has an interval, and a legend of names by number.
 
-    A row whose `owner` is another row's name shows a variety of it: a smaller point of the same colour, joined to it by
-    a thin line, with what its own name adds (where there are many: in the tooltip alone). A logarithmic x-axis has base
-    10; rows that have no place on it are left out.
+    A row whose `owner` is another row's name is a variety of it: a smaller point of the same colour, joined to the
+    owner's point by a thin line and labelled with what its name adds. With many varieties, the labels appear only in
+    tooltips. A logarithmic x-axis has base 10.
     """
     is_crowded = sum(bool(_name(row, owner)) for row in rows) > MAX_VARIETIES
     owners = list(dict.fromkeys(_name(row, owner) or _name(row, series) for row in rows))
@@ -221,7 +221,7 @@ def point_chart(
         layers.append(joined | {"encoding": ends | {"y2": {"field": "y"}}})
     shown = {"transform": [{"filter": "datum.size > 25"}]}
     layers += [shown | layer for layer in _draw_intervals(drawn, {"y": up}, _RULE)]
-    # Hollow marks show where they cover one another, and that of the last shape, a stroke, is seen at all.
+    # Hollow marks remain visible where they overlap, and a filled "stroke" (the last shape) would be invisible.
     marks = {"type": "point", "filled": False, "strokeWidth": 2, "opacity": 1}
     size: Row = {"field": "size", "type": "quantitative", "scale": None, "legend": None}
     legend = {"legend": {"columns": 3, "orient": "bottom", "labelLimit": 220}}
@@ -252,10 +252,10 @@ def bar_chart(
     is_dotted: bool = False,
     view: str = "",
 ) -> Chart:
-    """Bars with their values beside them, or dots with intervals; lying, so that long names can be read.
+    """Draw horizontal bars with their values beside them, or dots with intervals.
 
-    `x` are labels, one place each; without `series` each place has a colour of its own. `is_dotted` draws dots, whose
-    axis need not begin at zero.
+    `x` holds the labels. Without `series` each label has its own colour. `is_dotted` draws dots, on an axis that need
+    not begin at zero.
     """
     found = []
     for row in rows:
@@ -304,9 +304,9 @@ def heat_chart(
     high: float | None = None,
     view: str = "",
 ) -> Chart:
-    """A table of shaded cells, a row of the data each: the stronger the shade, the greater the `value`.
+    """Draw a heat map: one cell per row of the data, shaded by `value`.
 
-    `low` is what no shade stands for (None: the least value) and `high` what full shade stands for.
+    `low` is the value with the weakest shade and `high` the one with the strongest; None: the smallest and largest.
     """
     known = ((row, _number(row.get(value))) for row in rows)
     found = [{"x": _name(row, x), "column": _name(row, y), "y": shown} for row, shown in known if shown is not None]
@@ -314,10 +314,10 @@ def heat_chart(
     values = [cell["y"] for cell in drawn]
     least = min(values, default=0.0) if low is None else low
     most = max(values, default=1.0) if high is None else high
-    span = most / 2 - least / 2 or 0.5  # halves: the difference of two large numbers can be infinite
+    span = most / 2 - least / 2 or 0.5  # halved, because the difference of two huge numbers overflows
     for cell in drawn:
         share = min(1.0, max(0.0, (cell["y"] / 2 - least / 2) / span))
-        # The shade is the opacity of one colour, so that a theme can replace it.
+        # Cells differ in opacity only, so that a theme can replace their one colour.
         cell |= {"shade": 0.06 + 0.94 * share, "ink": HEAT_INK if share > 0.5 else INK}
         cell["text"] = _format(cell["y"], value_format)
         cell["tip"] = f"{cell['column']}, {x_title} {cell['x']}: {value_title} {cell['text']}"
@@ -354,7 +354,7 @@ _CONFIG: Row = {
         "titleFontWeight": "normal",
         "titlePadding": 8,
     },
-    # The y-axis's title lies flat above the axis: it can be read, and labels may grow to its left on a phone.
+    # A horizontal title above the y-axis is easier to read, and leaves room for larger labels on a phone.
     "axisY": {"titleAngle": 0, "titleAlign": "left", "titleAnchor": "start", "titleX": -30, "titleY": -12},
     "legend": {
         "orient": "top",
@@ -386,7 +386,7 @@ def _make_spec(values: list[Row], height: int, encoding: Row, layers: list[Row])
 def _encode_series(
     names: Sequence[str], options: Sequence[str], *, is_shown: bool, places: Iterable[int] | None = None
 ) -> Row:
-    """A colour or shape for each series, chosen by its place; None: in the order of the names."""
+    """Give each series the colour or shape at its place in the options; None: the places are 0, 1, 2, …."""
     chosen = [options[place % len(options)] for place in (range(len(names)) if places is None else places)]
     scale = {"domain": list(names), "range": chosen}
     columns = max(1, min(4, int(WIDTH / (40 + LETTER_WIDTH * max(map(len, names), default=0)))))
@@ -394,7 +394,7 @@ def _encode_series(
 
 
 def _draw_reference(axis: str, value: float) -> Row:
-    """A dashed level that takes no part in the chart's data or legend."""
+    """A dashed reference line, outside the chart's data and legend."""
     mark = {"type": "rule", "color": MUTED, "strokeDash": [5, 4], "aria": False}
     encoding: Row = {axis: {"datum": value}, "color": {"value": MUTED}, "description": {"value": None}}
     encoding |= {"y": None, "yOffset": None} if axis == "x" else {"x": None}
@@ -402,7 +402,7 @@ def _draw_reference(axis: str, value: float) -> Row:
 
 
 def _draw_intervals(drawn: list[Row], encoding: Row, mark: Row) -> list[Row]:
-    """A mark from the lower to the upper end of each interval, if there is any, along the encoding's first axis."""
+    """Draw each interval as a mark along the first axis of the encoding, if any row has one."""
     axis, *_ = encoding
     ends = encoding | {axis: encoding[axis] | {"field": "low"}, f"{axis}2": {"field": "high"}}
     return [{"mark": mark, "encoding": ends}] if any("low" in row for row in drawn) else []
@@ -411,7 +411,7 @@ def _draw_intervals(drawn: list[Row], encoding: Row, mark: Row) -> list[Row]:
 def _make_axis(
     field: str, title: str, values: list[float], format_spec: str = "", *, is_log: bool = False, **scale: Any
 ) -> Row:
-    """An axis of numbers with about five ticks; a long logarithmic one: at powers of ten, or 1, 2 and 5 times those."""
+    """A numeric axis with about five ticks; a long logarithmic one has them at powers of ten, or also at 2 and 5."""
     default = ",~r" if is_log else "~s" if max(map(abs, values), default=0) >= 10_000 else ",~g"
     ticks: Row = {"tickCount": 5}
     if is_log and values and max(values) >= 5 * min(values):
@@ -424,7 +424,7 @@ def _make_axis(
 
 
 def _make_room(labels: Sequence[str]) -> Row:
-    """Room for labels left of the axis, in the larger letters of a narrow page."""
+    """Reserve room left of the axis for the labels, in the larger letters of a narrow page."""
     return {"minExtent": min(MAX_LABEL, LETTER_WIDTH * max(map(len, labels), default=0))}
 
 
@@ -433,7 +433,7 @@ def _name(row: Row, key: str | None) -> str:
 
 
 def _number(value: Any, *, is_log: bool = False) -> float | None:
-    """The value where an axis can hold it."""
+    """The value as a float if it can be drawn, else None."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not -1e300 < value < 1e300:
         return None
     return None if is_log and value <= 0 else float(value)
@@ -445,7 +445,7 @@ def _find_ends(row: Row, low: str | None, high: str | None, *, is_log: bool) -> 
 
 
 def _average(rows: list[Row], keys: tuple[str, ...]) -> list[Row]:
-    """Rows of one place as their mean, from the lowest to the highest of them: seeds of one model."""
+    """Average rows with equal keys, e.g. a model's seeds; the interval runs from the lowest to the highest."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
@@ -465,7 +465,7 @@ def _say_value(point: Row, format_spec: str) -> str:
 
 
 def _format(value: float, format_spec: str) -> str:
-    """A number as d3 would write it, whose language Python reads too."""
+    """Format a number as d3 would; Python reads the same format language."""
     return format(value, format_spec) if format_spec else _say(value)
 
 

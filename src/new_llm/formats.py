@@ -1,15 +1,15 @@
-"""Numbers as people read them."""
+"""Formatting numbers for readers."""
 
 import math
 from typing import Any
 
 MISSING = "—"
 WAYS = {"carried": "memory carried", "reset": "memory reset", "foreign": "another document's memory"}
-"""What the three ways are called for readers."""
+"""Readers' names for the three ways to read a document."""
 
 
 def format_number(value: float | None, digits: int = 4) -> str:
-    """A number with that many significant digits, thousands separated; a dash where there is none."""
+    """Format a number with `digits` significant digits and thousands separators: 70,430; None becomes a dash."""
     special = _format_special(value)
     if value is None or special is not None:
         return special or MISSING
@@ -22,32 +22,32 @@ def format_number(value: float | None, digits: int = 4) -> str:
 
 
 def format_count(value: float | None) -> str:
-    """A count in full: 70,426,624."""
+    """Format a count in full: 70,426,624."""
     return _format_special(value) or f"{value:,.0f}"
 
 
 def format_plural(count: int, thing: str) -> str:
-    """So many things: 1 document, 2 documents."""
+    """Format a count with its noun: 1 document, 2 documents."""
     return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 def format_short(value: float | None) -> str:
-    """A count in thousands, millions or billions: 70.4M."""
+    """Format a count in thousands, millions or billions: 70.4M."""
     return _format_special(value) or _scale(value or 0.0, ("", "k", "M", "B", "T"), "")
 
 
 def format_bytes(value: float | None) -> str:
-    """Bytes in decimal units: 1.05 MB."""
+    """Format bytes in decimal units: 1.05 MB."""
     return _format_special(value) or _scale(value or 0.0, ("B", "kB", "MB", "GB", "TB"), " ")
 
 
 def format_percent(value: float | None) -> str:
-    """A share as a percentage: 4.2%."""
+    """Format a fraction as a percentage: 4.2%."""
     return _format_special(value) or f"{100 * (value or 0.0):.1f}%"
 
 
 def format_size(value: float, low: float | None, high: float | None) -> str:
-    """The size of a difference with its interval, if there is one, both without the sign: 3.1 % [2.0, 4.2]."""
+    """Format the magnitude of a relative difference, without its sign, and its interval if known: 3.1 % [2.0, 4.2]."""
     if low is None or high is None:
         return f"{100 * abs(value):.1f} %"
     ends = sorted((-100 * low, -100 * high) if value < 0 else (100 * low, 100 * high))
@@ -55,7 +55,7 @@ def format_size(value: float, low: float | None, high: float | None) -> str:
 
 
 def format_seconds(value: float | None) -> str:
-    """A duration: 42 s, 3 min 05 s, 2 h 10 min."""
+    """Format a duration: 42 s, 3 min 05 s, 2 h 10 min."""
     special = _format_special(value)
     if value is None or special is not None:
         return special or MISSING
@@ -70,7 +70,7 @@ def format_seconds(value: float | None) -> str:
 
 
 def format_with_error(value: float | None, error: float | None) -> str:
-    """A value ± its standard error, cut where the error's second digit is: 83.93 ± 0.50."""
+    """Format a value ± its standard error, rounded to two significant digits of the error: 83.93 ± 0.50."""
     if error is None or not 0 < error < math.inf or value is None or not math.isfinite(value):
         return format_number(value)
     decimals = min(6, max(0, 1 - math.floor(math.log10(error))))
@@ -94,7 +94,7 @@ def _scale(value: float, units: tuple[str, ...], space: str) -> str:
 
 
 def name_range(entry: dict[str, Any]) -> str:
-    """A range of distance in thousands of 1024 tokens where that is exact: 2k–4k, 128k+."""
+    """Format a range of distances in tokens, in multiples of 1024 where they are exact: 2k–4k, 128k+."""
 
     def short(tokens: int) -> str:
         return f"{tokens // 1024}k" if tokens and tokens % 1024 == 0 else f"{tokens}"

@@ -1,8 +1,8 @@
-"""The processes that train one model together: which one this is, and how they exchange values and errors.
+"""Distributed training: this process's rank, and how processes exchange values and errors.
 
 A launcher (`torchrun`, `accelerate launch`, `srun`) starts the same command several times with RANK and WORLD_SIZE set.
-Messages go over the host (gloo), whatever carries the gradients, and wait as long as needed: one process may tokenize
-for hours while the others wait for it.
+Messages always use gloo on the CPU, even if gradients use NCCL. Their timeout is long, because one process may tokenize
+for hours while the others wait.
 """
 
 import atexit
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # before the processes meet: its functions' defaults keep the group that they find
+import torch.distributed.nn  # before the group is initialised: its functions bind the default group when imported
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
@@ -30,25 +30,27 @@ from new_llm.config.errors import OtherProcessError, UserError
 Value = TypeVar("Value")
 
 HOST_TIMEOUT = datetime.timedelta(days=14)
-"""How long a process waits for work that another does alone."""
+"""How long a process waits while another works alone."""
 FAILURES_KEY, FAILURE_KIND_KEY = "failures", "failure_kind"
 USER_ERRORS = (UserError, OSError)
-"""What the command reports in one line, with the exit code of bad input."""
+"""Errors that the command reports in one line, with the exit code for bad input."""
 STORE_TIMEOUT = datetime.timedelta(seconds=10)
 WATCH_SECONDS, GRACE_SECONDS = 1.0, 5.0
-"""How often a process looks whether another has failed, and how long it may then take to end by itself."""
+"""How often a process checks whether another has failed, and how long it may then take to exit by itself."""
 LAUNCHER_OPTIONS = ("use_fsdp", "use_deepspeed", "use_megatron_lm")
-"""Of `accelerate launch`, which would wrap the model in a way of its own."""
+"""Options of `accelerate launch` that would wrap the model a second time."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that work together. Every method is called by all of them, in the same order.
+    """This process and its group. All processes must call the same methods in the same order.
 
     Attributes:
-        rank: this process, from 0; the main process is 0, and it alone writes files.
-        local_rank: this process among those of its machine.
-        group: the gloo group of the messages; None: there is one process.
+        rank: 0 is the main process, the only one that writes files.
+        count: the world size.
+        local_rank: rank on this machine.
+        group: the gloo group for messages; None in a single process.
+        store: the key-value store through which processes report failures; None in a single process.
     """
 
     rank: int = 0
@@ -59,13 +61,14 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and shows progress."""
+        """Whether this is rank 0, which writes files and shows progress."""
         return self.rank == 0
 
     def place(self, device: torch.device) -> torch.device:
-        """This process's own device of a kind; two processes on one GPU are a `UserError`.
+        """Return this process's own device: cuda:local_rank, or cuda:0 where the launcher shows each process one GPU.
 
-        It is the GPU of its number on the machine, or the first where the launcher shows each process only its own.
+        Raises:
+            UserError: two processes would share one GPU.
         """
         if device.type != "cuda" or self.count == 1:
             return device
@@ -73,26 +76,26 @@ class Processes:
         name = socket.gethostname(), str(torch.cuda.get_device_properties(own).uuid)
         if self.gather(name).count(name) > 1:
             raise UserError(
-                f"process {self.rank} is number {self.local_rank + 1} on its machine, where it sees "
-                f"{torch.cuda.device_count()} GPUs, and would share one with another process: start as many processes "
-                "as there are GPUs, or take --device cpu"
+                f"process {self.rank} is number {self.local_rank + 1} on its machine, sees "
+                f"{torch.cuda.device_count()} GPUs and would share one with another process: start one process per "
+                "GPU, or pass --device cpu"
             )
         torch.cuda.set_device(own)
-        os.environ["LOCAL_RANK"] = str(own.index)  # from which Accelerate takes its device
+        os.environ["LOCAL_RANK"] = str(own.index)  # Accelerate reads its device from here
         return own
 
     def slice_rows(self, num_rows: int, what: str = "train.batch_size") -> slice:
-        """The rows of a batch that this process reads: an equal share each, in the order of ranks."""
+        """Return the rows of a batch that this process reads: equal contiguous shares in rank order."""
         if num_rows % self.count:
             raise UserError(
-                f"{what}: {num_rows} rows can't be divided among {self.count} processes; it counts the rows of all "
-                f"processes together and must be a multiple of {self.count}"
+                f"{what}: {num_rows} rows can't be divided among {self.count} processes; the total over all processes "
+                f"must be a multiple of {self.count}"
             )
         own = num_rows // self.count
         return slice(self.rank * own, (self.rank + 1) * own)
 
     def gather(self, value: Value) -> list[Value]:
-        """Everyone's value, in the order of ranks."""
+        """Return all processes' values in rank order."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -100,7 +103,7 @@ class Processes:
         return values
 
     def share(self, value: Value) -> Value:
-        """The main process's value."""
+        """Broadcast the main process's value."""
         if self.count == 1:
             return value
         values: list[Any] = [value if self.is_main else None]
@@ -108,7 +111,7 @@ class Processes:
         return values[0]
 
     def sum(self, values: NDArray[Any]) -> NDArray[Any]:
-        """The sum over processes, in the precision of the values."""
+        """Sum over processes, in the dtype of the values."""
         if self.count == 1:
             return values
         total = torch.from_numpy(np.ascontiguousarray(values).copy())
@@ -116,23 +119,23 @@ class Processes:
         return total.numpy()
 
     def any(self, value: bool) -> bool:
-        """Whether it is so on any process."""
+        """Whether `value` is true on any process."""
         return bool(self.sum(np.array([value], dtype=np.int64))[0])
 
     def sum_on_device(self, tensor: Tensor) -> Tensor:
-        """The sum over processes of a small tensor, in place; on a GPU without synchronising."""
+        """Sum a small tensor over processes, in place; on a GPU without synchronising."""
         if self.count > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def run_on_main(self, work: Callable[[], Value]) -> Value:
-        """Run work on the main process; everyone gets its result, or fails with it (by an OtherProcessError)."""
+        """Run work on the main process and return its result on all; the others get its error as OtherProcessError."""
         with self.agree():
             result: Any = work() if self.is_main else None
         return self.share(result)
 
     def run_main_first(self, work: Callable[[], Value]) -> Value:
-        """Run work on the main process first, then on the others, which find what it has made, e.g. a cache."""
+        """Run work on the main process, then on the others, so that they find the files it wrote, e.g. a cache."""
         result: Any = None
         for is_turn in (self.is_main, not self.is_main):
             with self.agree():
@@ -142,17 +145,17 @@ class Processes:
 
     @contextmanager
     def agree(self) -> Iterator[None]:
-        """At the block's end all processes continue, or none: an error of one is an OtherProcessError of all others."""
+        """Wait for all processes at the end of the block; an error in one raises OtherProcessError in all others."""
         error = None
         try:
             yield
         except OtherProcessError:
-            raise  # all know it already
+            raise  # all processes know of it already
         except Exception as caught:
             error = caught
         found = self.gather(error and (isinstance(error, USER_ERRORS), str(error)))
         first = next((rank for rank, entry in enumerate(found) if entry), self.rank)
-        if first != self.rank:  # only the first process that failed reports it; the others end silently
+        if first != self.rank:  # only the lowest rank that failed reports its error
             is_user_error, text = found[first] or (False, "")
             raise OtherProcessError(f"process {first}: {text}", is_user_error=is_user_error) from error
         if error is not None:
@@ -160,10 +163,10 @@ class Processes:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Around all that processes do together: the first that fails reports why, and the others end silently.
+        """Wrap all joint work: the first process that fails reports the error, and the others exit silently.
 
-        They end within seconds, also where they wait in an exchange that will never come to its end, as NCCL's don't
-        when a process is gone: a thread looks out for failures, aborts what waits, and in the end the process.
+        They exit within seconds, even from a collective that would hang, as NCCL's do when a process is gone: a thread
+        watches for failures, aborts the process groups and, if that does not help, exits the process.
         """
         is_left = threading.Event()
         if self.store is not None:
@@ -188,7 +191,7 @@ class Processes:
                 _abort_groups()
 
     def _watch_failures(self, is_left: threading.Event) -> None:
-        """End this process if another one has failed and it does not end by itself."""
+        """Exit this process if another has failed and this one does not stop by itself."""
         kind = None
         while kind is None:
             if is_left.wait(WATCH_SECONDS):
@@ -196,16 +199,16 @@ class Processes:
             try:
                 if self.store.check([FAILURE_KIND_KEY]):
                     kind = self.store.get(FAILURE_KIND_KEY).decode()
-            except RuntimeError:  # the process that holds the store has ended
+            except RuntimeError:  # the process that hosts the store has exited
                 return
-        if kind == "interrupt" or is_left.wait(GRACE_SECONDS):  # after an interrupt all stop by themselves
+        if kind == "interrupt" or is_left.wait(GRACE_SECONDS):  # an interrupt reaches all processes
             return
         _abort_groups()
         if not is_left.wait(GRACE_SECONDS):
             os._exit(2 if kind == "user" else 1)
 
     def _note_failure(self, kind: str) -> str | None:
-        """The kind of an earlier failure of another process; None: this is the first."""
+        """Report a failure; return the kind of the failure that came first in another process, or None."""
         if self.store is None:
             return None
         try:
@@ -214,12 +217,12 @@ class Processes:
                 return None
             self.store.wait([FAILURE_KIND_KEY], STORE_TIMEOUT)
             return self.store.get(FAILURE_KIND_KEY).decode()
-        except RuntimeError:  # the process that holds the store has ended
+        except RuntimeError:  # the process that hosts the store has exited
             return "other"
 
 
 ALONE = Processes()
-"""The one process of a command that no launcher started."""
+"""The single process of a command run without a launcher."""
 
 
 class _State:
@@ -228,25 +231,25 @@ class _State:
 
 
 def _abort_groups() -> None:
-    """Break off the exchanges that NCCL waits in; those of gloo fail by themselves when a process ends."""
+    """Abort pending NCCL collectives; gloo's fail by themselves when a process exits."""
     if dist.is_initialized() and torch.cuda.is_available():
-        with suppress(Exception):  # whatever it is that can't be broken off, the process is about to end
+        with suppress(Exception):  # the process is about to exit anyway
             dist.distributed_c10d._abort_process_group()
 
 
 def have_met() -> bool:
-    """Whether this process has met the others that the launcher started."""
+    """Whether `start_processes` has initialised the group."""
     return _State.processes is not None
 
 
 def gather_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded; then all processes call this."""
-    gather = getattr(tensor, "full_tensor", None)  # a DTensor's; importing the class takes longer than most commands
+    """Return the full tensor. If it is sharded, all processes must call this."""
+    gather = getattr(tensor, "full_tensor", None)  # only DTensor has it; importing that class is slow
     return tensor if gather is None else gather()
 
 
 def start_processes() -> Processes:
-    """Join the other processes of the launcher; without one, this process is alone. Repeated calls return the same."""
+    """Initialise the process group of the launcher, once; without a launcher return `ALONE`."""
     if _State.processes is not None:
         return _State.processes
     count = int(os.environ.get("WORLD_SIZE") or 1)
@@ -255,12 +258,12 @@ def start_processes() -> Processes:
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing or os.environ["MASTER_PORT"] == "0":
         raise UserError(
-            f"WORLD_SIZE is {count}, but {', '.join(missing or ['MASTER_PORT'])} is not set: start by "
+            f"WORLD_SIZE is {count}, but {', '.join(missing or ['MASTER_PORT'])} is not set: start with "
             "torchrun --standalone or accelerate launch"
         )
     for option in LAUNCHER_OPTIONS:
         if os.environ.get(f"ACCELERATE_{option.upper()}", "").lower() == "true":
-            raise UserError(f"accelerate launch --{option}: choose by train.sharding (ddp or fsdp) instead")
+            raise UserError(f"accelerate launch --{option} is not supported: set train.sharding (ddp or fsdp) instead")
     os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
     store = None
     if not dist.is_initialized():
@@ -279,13 +282,13 @@ def start_processes() -> Processes:
 
 
 def _end_processes() -> None:
-    """Destroy the groups while Python still runs.
+    """Destroy the process groups before the interpreter shuts down.
 
-    A group's threads end with the group; one that drops its last tensor during interpreter shutdown aborts the process.
-    So nothing may hold a group any longer. Trainings and their meshes are reference cycles, collected before the groups
-    are destroyed: a DDP model that is the last to hold a group would wait for its threads while holding the GIL.
+    A group's threads live as long as the group, and a thread that drops its last tensor during interpreter shutdown
+    aborts the process. Trainings and their meshes are reference cycles that hold groups. They are collected first,
+    because a DDP model that holds the last reference would wait for the group's threads while holding the GIL.
     """
-    if not dist.is_initialized() or _State.has_failed:  # after a failure the others may be gone
+    if not dist.is_initialized() or _State.has_failed:  # after a failure the other processes may be gone
         return
     _State.processes = None
     gc.collect()

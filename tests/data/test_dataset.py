@@ -152,7 +152,7 @@ def test_a_small_text_takes_only_some_reversal_sentences_or_none(config):
         )
         assert 0.15 < share <= 0.2
         assert 24 < data.info["reversal_sentences"] < len(PAIRS)
-        assert f"{data.info['reversal_sentences']} of 240 reversal sentences join the" in data.info["notes"][0]
+        assert f"{data.info['reversal_sentences']} of 240 reversal sentences are in the" in data.info["notes"][0]
     none = prepare_data(replace(config, max_reversal_share=0.01))
     plain = prepare_data(replace(config, reversal_pairs=False))
     assert none.info["tokenizer"] == plain.info["tokenizer"], "nor is the tokenizer trained on them"
@@ -238,7 +238,7 @@ def test_a_long_source_is_not_read_to_its_end(config, tmp_path, speeches, monkey
     data = prepare_data(replace(options, num_samples=500, min_documents=2))
     assert 20 < data.train.num_documents < 120
     assert data.info["train"]["num_samples"] >= 500
-    assert any(note.startswith("read the first") for note in data.info["notes"])
+    assert any(note.startswith("read only the first") for note in data.info["notes"])
     assert prepare_data(replace(options, max_documents=15)).validation.num_documents == 2
     with pytest.raises(UserError, match="line 241: not a JSON object"):
         prepare_data(options)
@@ -247,8 +247,8 @@ def test_a_long_source_is_not_read_to_its_end(config, tmp_path, speeches, monkey
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("Hello world.", "too short: it gives .* tokens for training and .* for validation; at least 32"),
-        ("H", "too short: it holds 1 document of 1 characters that can't be cut"),
+        ("Hello world.", "too short: it has .* tokens for training and .* for validation; at least 32"),
+        ("H", "too short: it has 1 document of 1 characters that can't be cut"),
     ],
 )
 @pytest.mark.parametrize("reversal_pairs", [True, False])
@@ -390,7 +390,7 @@ def test_validation_documents_of_their_own_are_not_trained_on(config, tmp_path):
     assert kept == {"other", "text3"}
     assert read == {f"text{i}" for i in range(12)} - {"text3"}
     assert data.info["validation_source"] == str(held)
-    assert any("left out 1 documents" in note for note in data.info["notes"])
+    assert any("left out 1 exact duplicates" in note for note in data.info["notes"])
     alone = prepare_data(replace(config, validation_source=None))
     assert alone.info["split_fingerprint"] != data.info["split_fingerprint"]
 

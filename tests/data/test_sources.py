@@ -135,7 +135,7 @@ def test_hub_names_are_data_sets_configurations_and_fields(tmp_path, speeches, m
     assert open_source(DataConfig(source="hub:a/b")).is_hub
     assert "record 1: no field 'title' (found: text, body)" in read_error("owner/name", "hub:owner/name::title")
     for name in ("hub:a/b:c:d:e", "hub:", "hub:../b", "hub:a/na me", "hub:a/b/c", "hub::c"):
-        assert "is not of the form hub:owner/name[:config][:field]" in read_error(name)
+        assert "does not have the form hub:owner/name[:config][:field]" in read_error(name)
 
 
 def test_wikitext_articles_begin_at_level_one_headings(tmp_path):
@@ -160,20 +160,23 @@ BAD_FILES = {
     "empty.txt": (b"", "empty"),
     "blank.txt": (b" \n\t\n", "only white space"),
     "blank.jsonl": (b'{"text": ""}\n{"text": " "}\n', "only white space"),
-    "binary.txt": (b"abc\0def", "binary (a NUL at byte 3)"),
+    "binary.txt": (b"abc\0def", "binary data (a NUL at byte 3)"),
     "latin.txt": ("naïve".encode("latin-1"), "not UTF-8 text: 0xef at byte 2"),
     "latin.jsonl": (b'{"text": "a"}\n{"text": "na\xefve"}\n', "line 2: not UTF-8 text: 0xef at byte 12"),
     "broken.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2: not a JSON object"),
     "deep.jsonl": (b"[" * 1900, "line 1: not a JSON object"),
     "number.jsonl": (b'{"text": 3}\n', "line 1: the field 'text' holds a int, not a string"),
-    "surrogate.jsonl": (b'{"text": "a\\ud800"}\n', "line 1: half a surrogate pair at character 1"),
+    "surrogate.jsonl": (b'{"text": "a\\ud800"}\n', "line 1: a lone surrogate at character 1"),
     "fields.jsonl": (b'{"text": "a"}\n{"body": "b", "id": 1}\n', "line 2: no field 'text' (found: body, id)"),
     "cut.parquet": (b"PAR1 and then no more", "corrupt or not a Parquet file"),
-    "table.csv": (b"a,b\n1,2\n", "unknown extension; known are .txt, .jsonl, .parquet, .raw, .tokens, also with .gz"),
+    "table.csv": (
+        b"a,b\n1,2\n",
+        "unknown extension; known extensions are .txt, .jsonl, .parquet, .raw, .tokens, also with .gz",
+    ),
     "long.jsonl": (b"x" * 2001, "line 1 is longer than 2,000 bytes (data.max_document_bytes)"),
     "long.jsonl.zst": (b"x" * 2001, "line 1 is longer than 2,000 bytes (data.max_document_bytes)"),
     "long.txt": (b"x" * 2001, "one document of more than 2,000 bytes (data.max_document_bytes)"),
-    "long.raw": (b"some words\n" * 300, "an article of more than 2,000 bytes (data.max_document_bytes)"),
+    "long.raw": (b"some words\n" * 300, "the article is longer than 2,000 bytes (data.max_document_bytes)"),
     "long.parquet": (["a", "x" * 2001], "row 2 is longer than 2,000 bytes (data.max_document_bytes)"),
 }
 
@@ -201,9 +204,9 @@ def test_a_small_file_that_unpacks_without_end_is_rejected(tmp_path, name, monke
             "own_source:read: document 2 is neither a text nor a pair (",
         ),
         ("def read(config): return [('a', 'b', 'c')]", "document 1 is neither a text nor a pair"),
-        ("def read(config): return 'abc'", "returned a value of type str in place of several documents"),
-        ("def read(config): return None", "returned a value of type NoneType"),
-        (r"def read(config): return ['a', 'half \ud83d']", "own_source:read:2: half a surrogate pair in the text"),
+        ("def read(config): return 'abc'", "returned a str instead of an iterable of documents"),
+        ("def read(config): return None", "returned a NoneType instead of"),
+        (r"def read(config): return ['a', 'half \ud83d']", "own_source:read:2: a lone surrogate in the text"),
         ("", "no read"),
         ("def read(): return ['a']", "function of one argument"),
     ],

@@ -433,7 +433,7 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch, visible, uuids, index)
     monkeypatch.setattr(Processes, "gather", lambda self, value: [(value[0], uuids[0]), value])
     processes = Processes(rank=1, count=2, local_rank=1)
     if index is None:
-        with pytest.raises(UserError, match="number 2 on its machine, where it sees 1 GPUs, and would share one"):
+        with pytest.raises(UserError, match="number 2 on its machine, sees 1 GPUs and would share one"):
             processes.place(torch.device("cuda"))
     else:
         assert processes.place(torch.device("cuda")) == torch.device("cuda", index)

@@ -141,7 +141,7 @@ def test_killed_between_the_checkpoint_and_its_best_weights(tmp_path, monkeypatc
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "killed", [3.0, 2.0])
     (line,) = train(tmp_path / "killed", [4.0, 5.0], resume=True)
-    assert line.startswith("the best weights (epoch 2) are written again from step-")
+    assert line.startswith("the best weights (epoch 2) are restored from step-")
     assert equal(read_best(tmp_path / "whole"), read_best(tmp_path / "killed"))
     assert read_curve(tmp_path / "whole") == read_curve(tmp_path / "killed")
 

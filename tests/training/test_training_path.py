@@ -255,7 +255,7 @@ def test_too_many_skips_in_a_row_stop(tmp_path, every_steps):
     trainer = make_trainer(tmp_path, on_nonfinite="skip", max_skipped_steps=2, max_saved_faults=2)
     read_late(trainer, every_steps)
     met = spoil(trainer, {2, 3, 5, 6, 7})
-    with pytest.raises(TrainingError, match=r"at step 7 .*: 3 steps in a row, over train.max_skipped_steps \(2\)"):
+    with pytest.raises(TrainingError, match=r"at step 7 .*: 3 bad steps in a row exceed train.max_skipped_steps \(2\)"):
         trainer.run()
     assert equal(list_weights(trainer.model), met["weights"][2])
     assert len(list((tmp_path / FAULTS_FOLDER).iterdir())) == 2

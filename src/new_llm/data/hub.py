@@ -1,7 +1,7 @@
-"""The Hugging Face hub: whether it answers, what is cached here, and reading a data set from either.
+"""The Hugging Face hub: probing it, and reading a data set from it or from the local cache.
 
-Out of reach, `datasets` retries for 23 seconds before it gives up; a short probe comes first, so that a machine without
-a network gets its one clear line, or what is cached here, at once.
+Without a network, `datasets` retries for 23 seconds before it gives up. A short probe comes first, so that an offline
+machine gets the cached data or a clear error at once.
 """
 
 import contextlib
@@ -21,15 +21,15 @@ HUB_NAME = re.compile(r"(?!.*\.\.)\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
 def hub_endpoint() -> str:
-    """The hub's address: $HF_ENDPOINT, else huggingface.co."""
+    """Return the hub's address: $HF_ENDPOINT, else https://huggingface.co."""
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
 def hub_answers(path: str, timeout_seconds: float) -> bool:
-    """Whether the hub, and the file of this path on it, answer in time; False where HF_HUB_OFFLINE is set.
+    """Return whether the hub answers in time, also for this path; False if HF_HUB_OFFLINE or the like is set.
 
-    Any answer but a server's error counts, so that a missing or gated file gets the library's own words. Each
-    address is asked once a process.
+    Any status below 500 counts as an answer, so that a missing or gated file gets the library's own error message. Each
+    address is probed once per process.
     """
     settings = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
     if any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in settings):
@@ -45,7 +45,7 @@ def _address_answers(address: str, timeout_seconds: float) -> bool:
     statuses = list[int]()
 
     def ask() -> None:
-        with contextlib.suppress(Exception):  # whatever its transport raises
+        with contextlib.suppress(Exception):  # the exception depends on the transport
             statuses.append(get_session().head(address, timeout=timeout_seconds).status_code)
 
     # A thread, because looking up the host's name ignores the timeout.
@@ -56,13 +56,13 @@ def _address_answers(address: str, timeout_seconds: float) -> bool:
 
 
 def describe_failure(error: BaseException) -> str:
-    """A library's error in one short line."""
+    """Shorten a library's error to one line."""
     return shorten(f"{type(error).__name__}: {error}".removesuffix(": "))
 
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """Make huggingface_hub and datasets use their caches alone; both read HF_HUB_OFFLINE when imported."""
+    """Make huggingface_hub and datasets use only their caches. They read HF_HUB_OFFLINE at import, so patch both."""
     import datasets.config
     import huggingface_hub.constants
 
@@ -80,12 +80,12 @@ def _offline() -> Iterator[None]:
 def read_hub_dataset(
     name: str, subset: str | None, *, split: str, streaming: bool, timeout_seconds: float
 ) -> Iterator[dict[str, Any]]:
-    """The records of one split of a hub data set, from the hub or from this machine's cache.
+    """Yield the records of one split of a hub data set, from the hub or from this machine's cache.
 
-    With `streaming` records are read from the hub as needed instead of downloading all first.
+    `streaming` reads records as they are needed instead of downloading the whole split first.
 
     Raises:
-        HubError: the hub is out of reach and nothing is cached, or loading fails (also while reading).
+        HubError: the hub is unreachable and nothing is cached, or loading fails, possibly midway.
     """
     wanted = f"data set {name}" + (f" ({subset})" if subset else "")
     reachable = hub_answers(f"datasets/{name}/resolve/main/README.md", timeout_seconds)

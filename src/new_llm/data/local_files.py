@@ -1,8 +1,8 @@
-"""Documents in local files: plain text, WikiText, JSON lines and Parquet; also packed as .gz, .zst or .xz.
+"""Documents in local files: plain text, WikiText, JSON Lines and Parquet, optionally compressed (.gz, .zst, .xz).
 
-The readers are our own because an error must name the file and the line. Those of `datasets` report a broken line as
-"row 2" of some block, and pass over a text that is null. Every read is bounded: a
-line or a document beyond `max_bytes` is rejected before it is held.
+The readers of `datasets` won't do: they report a broken line as "row 2" of some block and silently skip null texts, but
+an error must name the file and the line. Memory is bounded: a line or document over `max_bytes` is rejected before it
+is read in full.
 """
 
 import gzip
@@ -24,32 +24,32 @@ Document = tuple[str, str]
 
 MAX_DOCUMENT_BYTES = 1 << 27
 PACKED = (".gz", ".zst", ".xz")
-PARQUET_ROWS = 64  # at once
-ROW_BYTES = 64  # that a row counts as beside its text: a small file could hold billions of empty ones
-MAX_RATIO, FREE_BYTES = 200, 1 << 24  # unpacked bytes for each byte of a file, and beyond: no text is packed so well
-MAX_SHOWN_FIELDS, MAX_SHOWN_CHARACTERS = 8, 40  # of a file's own names inside our one line
+PARQUET_ROWS = 64  # rows per batch
+ROW_BYTES = 64  # counted per row on top of its text: a small file could hold billions of empty rows
+MAX_RATIO, FREE_BYTES = 200, 1 << 24  # a file may unpack to MAX_RATIO times its size plus FREE_BYTES; text stays below
+MAX_SHOWN_FIELDS, MAX_SHOWN_CHARACTERS = 8, 40  # of field names quoted in an error message
 
 
 class BadRows:
-    """What to do with a record that holds no text: stop with one line that names it, or skip and count it."""
+    """Handles records without text: either raises an error that names the record, or skips and counts it."""
 
     def __init__(self, *, skip: bool = False) -> None:
         self._skip, self._count, self._first = skip, 0, ""
 
     def report(self, message: str) -> None:
-        """Take note of a bad record; a `UserError` if it is not to be skipped."""
+        """Count a bad record, or raise a `UserError` unless such records are skipped."""
         if not self._skip:
-            raise UserError(f"{message} (data.on_bad_row: skip leaves such rows out)")
+            raise UserError(f"{message} (set data.on_bad_row: skip to skip such rows)")
         self._first = self._first or message
         self._count += 1
 
     def describe(self) -> list[str]:
-        """One line about what was skipped; none where nothing was."""
+        """Return one line about the skipped records, or none."""
         return [f"skipped {self._count:,} bad rows; the first: {self._first}"] if self._count else []
 
 
 class _Unpacked:
-    """Counts what a file unpacks to, so that a small one made to do harm does not keep us busy for hours."""
+    """Counts unpacked bytes, to stop reading a decompression bomb."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._left = path, path.stat().st_size * MAX_RATIO + FREE_BYTES
@@ -58,7 +58,7 @@ class _Unpacked:
         self._left -= num_bytes
         if self._left < 0:
             raise UserError(
-                f"{self._path}: unpacks to more than {MAX_RATIO} times its size: no text compresses so well"
+                f"{self._path}: unpacks to more than {MAX_RATIO} times its size: no text compresses that well"
             )
 
 
@@ -72,14 +72,21 @@ def read_file(
     max_bytes: int = MAX_DOCUMENT_BYTES,
     bad_rows: BadRows | None = None,
 ) -> Iterator[Document]:
-    """The documents of one file; those without a visible character are left out.
+    """Yield the documents (name, text) of one file, except blank ones.
 
-    With `whole` the file's text is one document, also where its format has articles. `max_bytes` is that of a document.
+    Args:
+        text_field: the field of a JSON or Parquet record that holds the text.
+        whole: read the file as one document, even if its format has articles.
+        max_bytes: the most bytes that a line or document may have.
+        bad_rows: receives records without text; None: they raise a `UserError`.
+
+    Raises:
+        UserError: the file can't be read, is corrupt or too large, or has records but is to be read whole.
     """
     reader = choose_reader(path)
     if whole:
         if reader not in (_read_txt, _read_wikitext):
-            raise UserError(f"{path}: holds records, which can't be read as one text; .txt, .raw and .tokens can")
+            raise UserError(f"{path}: contains records and can't be read as one text; .txt, .raw and .tokens can")
         reader = _read_txt
     try:
         check_regular_file(path)
@@ -88,27 +95,27 @@ def read_file(
                 yield name, text
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"{path}: corrupt or truncated: {describe_failure(error)}") from None
-    except OSError as error:  # pyarrow's have no number where the content is to blame
+    except OSError as error:  # pyarrow raises it without an errno if the content is corrupt
         reason = f"can't be read: {error.strerror}" if error.strerror else f"corrupt or truncated: {error}"
         raise UserError(f"{path}: {reason}") from None
 
 
 def find_reader(path: Path) -> Reader | None:
-    """The reader for a file's extension; None: the extension is unknown."""
+    """Return the reader for a file's extension, or None if the extension is unknown."""
     packed = path.suffix.lower() in PACKED
     extension = Path(path.stem if packed else path.name).suffix.lower()
     return None if packed and extension == ".parquet" else READERS.get(extension)
 
 
 def choose_reader(path: Path) -> Reader:
-    """The reader for a file's extension; an unknown one is a `UserError`."""
+    """Return the reader for a file's extension; raise a `UserError` if it is unknown."""
     if (reader := find_reader(path)) is None:
-        raise UserError(f"{path}: unknown extension; known are {KNOWN}")
+        raise UserError(f"{path}: unknown extension; known extensions are {KNOWN}")
     return reader
 
 
 def open_file(path: Path) -> Any:
-    """The bytes of a file, unpacked where its extension says that it is packed."""
+    """Open a file for reading bytes, decompressed if its extension says so."""
     suffix = path.suffix.lower()
     if suffix == ".zst":
         import pyarrow
@@ -118,13 +125,13 @@ def open_file(path: Path) -> Any:
 
 
 def split_articles(lines: Iterable[str]) -> Iterator[Document]:
-    """Cut WikiText's lines, each with its line end, into articles.
+    """Split WikiText's lines, each with its line end, into articles (title, text).
 
-    An article begins at a level-1 heading, ` = Title = ` between two blank lines; without the blank lines
-    some rows of broken tables would count. WikiText-2 gives 600, 60 and 60 articles, as its authors state.
+    An article begins at a level-1 heading, ` = Title = ` between two blank lines. Without the condition on blank lines,
+    rows of broken tables would count as headings. WikiText-2 gives 600, 60 and 60 articles, as its authors state.
     """
     title, article = "", list[str]()
-    before, line = "", None  # one line behind, because the next line shows whether a line is a heading
+    before, line = "", None  # one line behind, because a heading is recognised by the line after it
     for after in chain(lines, [""]):
         if line is not None:
             heading = line.strip()
@@ -141,7 +148,7 @@ def split_articles(lines: Iterable[str]) -> Iterator[Document]:
 
 
 def join_line_ends(text: str) -> str:
-    """The text with \\n for every line end, the bare \\r of old files included."""
+    """Replace every line end, including the bare \\r of old files, by \\n."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -150,8 +157,8 @@ def _read_txt(path: Path, text_field: str, max_bytes: int, bad_rows: BadRows) ->
         raw = file.read(max_bytes + 1)
     if len(raw) > max_bytes:
         raise UserError(
-            f"{path}: one document of more than {max_bytes:,} bytes (data.max_document_bytes); cut it into files, or "
-            f"into lines of JSON"
+            f"{path}: one document of more than {max_bytes:,} bytes (data.max_document_bytes); split it into files or "
+            f"JSON lines"
         )
     try:
         yield path.name, join_line_ends(_decode(raw).removeprefix("\ufeff"))
@@ -171,7 +178,7 @@ def _read_wikitext(path: Path, text_field: str, max_bytes: int, bad_rows: BadRow
             article_bytes = 0 if is_title else article_bytes + len(raw)
             if article_bytes > max_bytes:
                 raise UserError(
-                    f"{path}: line {number}: an article of more than {max_bytes:,} bytes (data.max_document_bytes)"
+                    f"{path}: line {number}: the article is longer than {max_bytes:,} bytes (data.max_document_bytes)"
                 )
             yield join_line_ends(line.removeprefix("\ufeff") if number == 1 else line)
 
@@ -189,7 +196,7 @@ def _read_jsonl(path: Path, text_field: str, max_bytes: int, bad_rows: BadRows) 
 
 
 def _read_lines(path: Path, max_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """The lines with their ends, numbered from 1."""
+    """Yield (number from 1, line with its line end)."""
     number, unpacked = 0, _Unpacked(path)
     with open_file(path) as file:
         while raw := file.readline(max_bytes + 1):
@@ -202,7 +209,7 @@ def _read_lines(path: Path, max_bytes: int) -> Iterator[tuple[int, bytes]]:
 
 def _decode(raw: bytes) -> str:
     if (at := raw.find(b"\0")) >= 0:
-        raise ValueError(f"binary (a NUL at byte {at}); UTF-8 text is expected")
+        raise ValueError(f"binary data (a NUL at byte {at}); expected UTF-8 text")
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -210,7 +217,7 @@ def _decode(raw: bytes) -> str:
 
 
 def _parse_record(raw: bytes, text_field: str) -> str:
-    """The text of a line of JSON; a ValueError says why there is none."""
+    """Return the text of a JSON line; raise a ValueError that says why there is none."""
     line = _decode(raw).removeprefix("\ufeff").strip()
     try:
         record = json.loads(line)
@@ -222,7 +229,7 @@ def _parse_record(raw: bytes, text_field: str) -> str:
 
 
 def take_text(record: dict[str, Any], text_field: str) -> str:
-    """The text of a record; a ValueError says why there is none."""
+    """Return the text of a record; raise a ValueError that says why there is none."""
     if text_field not in record:
         raise ValueError(describe_missing(text_field, list(record)))
     text = record[text_field]
@@ -232,16 +239,16 @@ def take_text(record: dict[str, Any], text_field: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"half a surrogate pair at character {error.start} of the text: not UTF-8") from None
+        raise ValueError(f"a lone surrogate at character {error.start} of the text: not valid UTF-8") from None
     return text
 
 
 def describe_missing(text_field: str, found: list[str]) -> str:
-    """That the field is missing, and which there are."""
+    """Say that the field is missing, and which fields there are."""
     shown = [name[:MAX_SHOWN_CHARACTERS] for name in found[:MAX_SHOWN_FIELDS]]
     more = f" and {len(found) - MAX_SHOWN_FIELDS:,} more" if len(found) > MAX_SHOWN_FIELDS else ""
     return (
-        f"no field {text_field!r} (found: {', '.join(shown) or 'none'}{more}); data.text_field names the text's field"
+        f"no field {text_field!r} (found: {', '.join(shown) or 'none'}{more}); data.text_field names the field to read"
     )
 
 
@@ -250,7 +257,7 @@ def _read_parquet(path: Path, text_field: str, max_bytes: int, bad_rows: BadRows
     import pyarrow.parquet as pq
 
     try:
-        # Streamed page by page, so that a row group need not fit into memory.
+        # Streamed page by page: a row group may not fit into memory.
         with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
             names = file.schema_arrow.names
             if text_field not in names:
@@ -286,6 +293,6 @@ READERS: dict[str, Reader] = {
     ".raw": _read_wikitext,
     ".tokens": _read_wikitext,
 }
-"""Reader by extension."""
+"""Readers by file extension."""
 KNOWN = f"{', '.join(READERS)}, also with {', '.join(PACKED)}"
-"""The extensions, for messages."""
+"""The known extensions, for error messages."""

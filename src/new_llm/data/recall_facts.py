@@ -1,11 +1,11 @@
-"""Facts to recall: sentences to hide in a text and to ask for later, and training samples in which they are planted.
+"""Facts to recall: sentences to hide in a text and ask for later, and training samples with planted facts.
 
-Names, values and keys of the parts "train" and "eval" are disjoint, so that a model may be trained to recall the ones
-and measured on the others. The pass key task is that of Landmark Attention, arXiv:2305.16300.
+The parts "train" and "eval" have disjoint names, values and keys, so that a model can be trained to recall one part and
+measured on the other. The pass key task is that of Landmark Attention, arXiv:2305.16300.
 
-A planted sample holds a sentence, and further on the same sentence again, or the same fact stated backward.
-What the second one ends with can be known from the first alone, so that predicting it trains the memory. A changed fact
-is stated with one value, then with another, then asked for: the newest statement is right.
+A sample with a planted fact contains a sentence and, further on, the same sentence again or the same fact stated
+backward. The end of the second sentence is predictable only from the first, so predicting it trains the memory. A
+changed fact is stated with one value, then with another, and then asked for; the newest value is the right answer.
 """
 
 import functools
@@ -28,34 +28,34 @@ from new_llm.data.reversal_pairs import ReversalPair, make_pair
 from new_llm.data.tokenizer import count_ids, encode_continuation, encode_text
 
 RecallTask = Literal["passkey", "facts", "changed"]
-"""passkey: a number; facts: one sentence about an invented person; changed: one that replaces an earlier one."""
+"""passkey: a number; facts: a sentence about an invented person; changed: such a sentence that replaces another."""
 RecallPart = Literal["train", "eval"]
-"""Which of two disjoint sets of names, values and keys is drawn from."""
+"""Which of the two disjoint sets of names, values and keys to draw from."""
 
 FACTS_FILE = "recall_facts.json"
 KEY_RANGE = (10_000, 100_000)
-NUM_RELATIONS = 8  # of the file
-EVAL_KEYS = 5  # one key in this many is for evaluation
+NUM_RELATIONS = 8  # in FACTS_FILE
+EVAL_KEYS = 5  # one key in EVAL_KEYS belongs to "eval"
 
 
 @dataclass(frozen=True)
 class Needle:
-    """A statement to hide in a text, and the question for it in the end: the prompt, the statement up to the answer.
+    """A statement to hide in a text, and the question asked at the end: `prompt`, the statement up to the answer.
 
-    The statement begins with `prompt + answer`, exactly. The prompt ends without a space; an answer begins with one
-    and ends with the full stop, so a byte-level BPE cuts the sentence as it cuts the prompt and the answer apart.
+    The statement begins with exactly `prompt + answer`. The prompt does not end with a space; an answer begins with one
+    and ends with the full stop, so that a byte-level BPE tokenizes the whole like its two parts.
     """
 
     statement: str
     prompt: str
     candidates: tuple[str, ...]
-    """The right answer first, then wrong ones drawn from where it was drawn; of a changed fact the old value first."""
+    """The right answer, then wrong ones drawn from the same set; for a changed fact the second is the old value."""
     replaced: str = ""
-    """The earlier statement that this one replaces, with the old value; empty: there is none."""
+    """For a changed fact, the earlier statement with the old value."""
     name: str = ""
-    """Whom a fact is about."""
+    """The person a fact is about."""
     backward: str = ""
-    """The question for the name, with `{value}` where the value stands; empty: there is none."""
+    """The backward question, which asks for the name, with `{value}` as placeholder; empty for a pass key."""
 
 
 def draw_needle(
@@ -67,10 +67,12 @@ def draw_needle(
     name: str | None = None,
     among: Sequence[int] = range(NUM_RELATIONS),
 ) -> Needle:
-    """Draw a sentence to hide, with its question and the answers to choose from, the right one among them.
+    """Draw a sentence to hide, with its question and candidate answers.
 
-    `name` is whom a fact is about; None: one of the part's names. `among` are the relations that it may be of. There
-    are as many `num_candidates` at most as a relation has values, and of a changed fact two at least.
+    Args:
+        num_candidates: at most as many as a relation has values, and at least two for a changed fact.
+        name: the person the fact is about; None: draw one of the part's names.
+        among: the relations to draw from, by index.
     """
     if task == "passkey":
         keys = dict[int, None]()  # a dict keeps the order
@@ -92,10 +94,10 @@ def draw_needle(
 def draw_pairs_of_facts(
     part: RecallPart, num_texts: int, num_facts: int, seed: int, *, one_relation: bool
 ) -> list[ReversalPair]:
-    """Facts in both directions: `num_facts` for each of `num_texts` texts, of one relation or each of another.
+    """Draw facts in both directions: `num_facts` for each of `num_texts` texts, all of one relation or all different.
 
-    Each pair's `relation` is its text, so that the answers of one text compete; no two facts share a name, nor two of a
-    text a value. As in planted samples a sentence begins with a space.
+    Each pair's `relation` is its text's number, so that the answers of one text compete. All names are distinct, and so
+    are the values within a text. As in planted samples, sentences begin with a space.
     """
     generator = np.random.default_rng([seed, PAIRS_STREAM])
     names, relations = _read_facts(part)
@@ -122,13 +124,13 @@ def draw_pairs_of_facts(
 
 @functools.cache
 def list_eval_words() -> frozenset[str]:
-    """All names that recall is measured with, and all values in words, of every relation."""
+    """Return all names and values (but not pass keys) that the recall measure uses."""
     names, relations = _read_facts("eval")
     return frozenset(itertools.chain(*names.values(), *(relation["eval"] for relation in relations)))
 
 
 def is_key_of(key: int, part: RecallPart) -> bool:
-    """Whether a pass key belongs to this part: by a hash, so that the number itself does not show it."""
+    """Return whether a pass key belongs to this part; decided by a hash, so that no pattern of digits gives it away."""
     digest = hashlib.sha256(f"pass key {key}".encode()).digest()
     return (int.from_bytes(digest[:8], "big") % EVAL_KEYS == 0) == (part == "eval")
 
@@ -140,7 +142,7 @@ def _make_needle(prompt: str, answers: Iterable[str], end: str = "") -> Needle:
 
 @functools.cache
 def _read_facts(part: RecallPart) -> tuple[dict[str, list[str]], list[dict[str, Any]]]:
-    """The part's names, and all relations."""
+    """Return the part's names, and all relations."""
     facts = json.loads(resources.files("new_llm.data").joinpath(FACTS_FILE).read_text(encoding="utf-8"))
     return facts[part], facts["relations"]
 
@@ -148,25 +150,26 @@ def _read_facts(part: RecallPart) -> tuple[dict[str, list[str]], list[dict[str, 
 # Planting
 
 
-TOKENS_PER_RATE = 1000  # planted_facts is a number per this many tokens
+TOKENS_PER_RATE = 1000  # planted_facts is a rate per this many tokens
 NAMES = 2  # a made-up person has a first name and a surname
-TEXT_WORDS = 0.5  # share of the values from no list that are words of the sample's own text
-PAIRS_STREAM = 2**32 - 3  # keeps the choice of pairs apart from that
-PLANT_STREAM = 2**32 - 2  # keeps the choice of facts apart from a sample's place in the order
-MAX_CONTINUATIONS = 6  # pieces after a word's first one, at most
-NAME_PIECES = (1, 4)  # pieces after a name's first letter, at least and at most
+TEXT_WORDS = 0.5  # share of the made-up values that are words of the sample's own text
+PAIRS_STREAM = 2**32 - 3  # independent random streams for pairs
+PLANT_STREAM = 2**32 - 2  # and for planted facts
+MAX_CONTINUATIONS = 6  # the most pieces after a word's first one
+NAME_PIECES = (1, 4)  # the fewest and most pieces after a name's first letter
 CAPITALS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-_BEGINS_WORD = re.compile(r" [A-Za-z]?[a-z]*")  # a space alone stands before letters that have no entry with one
+_BEGINS_WORD = re.compile(r" [A-Za-z]?[a-z]*")  # a lone space precedes letters that have no entry with a space
 _CONTINUES_WORD = re.compile(r"[A-Za-z][a-z]*")
 _SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*$")
 
 
 class SentenceBorders:
-    """Where a sentence may be put into a sequence of tokens.
+    """Finds borders between sentences in a sequence of tokens.
 
-    A border stands between a token whose text ends with a full stop, an exclamation or a question mark (quotes and
-    brackets may follow) and one whose text begins with white space. An abbreviation's full stop counts, too.
+    A border lies between a token whose text ends with a full stop, exclamation or question mark (possibly followed by
+    quotes or brackets) and one whose text begins with white space. The full stop of an abbreviation counts, too.
+    `can_stand` is whether the vocabulary allows any border at all.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -176,19 +179,19 @@ class SentenceBorders:
         self.can_stand = bool(self._ends_sentence.any() and self._begins_word.any())
 
     def find_sentences(self, tokens: NDArray[np.integer]) -> NDArray[np.int64]:
-        """Indices before which a sentence may stand, rising, without 0 and the end."""
+        """Return the indices of tokens that begin a sentence, sorted, excluding 0 and the end."""
         begins = self._begins_word[tokens[1:]]
         return np.flatnonzero(self._ends_sentence[tokens[:-1]] & begins) + 1
 
     def find_words(self, tokens: NDArray[np.integer]) -> NDArray[np.int64]:
-        """Indices at which a word begins, rising, without 0 and the end."""
+        """Return the indices of tokens that begin a word, sorted, excluding 0 and the end."""
         return np.flatnonzero(self._begins_word[tokens[1:]]) + 1
 
 
 def decode_entries(tokenizer: Tokenizer) -> list[str]:
-    """The text that every entry of a tokenizer adds after another one, by its token.
+    """Return for each id of a tokenizer the text that it adds after another token.
 
-    Decoded alone, an entry would lose its leading space with a decoder like Llama's, and would gain none with BERT's.
+    Decoded alone, a token would lose its leading space with Llama's decoder, and lack one with BERT's.
     """
     decode = functools.partial(tokenizer.decode, skip_special_tokens=False)
     before = encode_text(tokenizer, "a")[-1:].tolist()
@@ -200,11 +203,12 @@ def decode_entries(tokenizer: Tokenizer) -> list[str]:
 def choose_place(
     tokens: NDArray[np.integer], length: int, depth: float, segment_length: int, borders: SentenceBorders
 ) -> int:
-    """Where in a text, [N], to put a sentence, so that no segment's end cuts it in two: before tokens[index], 0 to N.
+    """Choose where in a text, [N], to insert a sentence of `length` tokens: before tokens[index], 0 ≤ index ≤ N.
 
-    The place at the depth is depth · N. Taken is the nearest border of sentences, at most half a segment away, that
-    keeps the sentence inside one segment (inside as few as its length allows); without one the nearest such border of
-    words, without that the nearest such place. The text's first token begins a segment and a sentence.
+    The target is depth · N. The result is the nearest sentence border, at most half a segment away, at which the
+    inserted sentence spans as few segments as its length allows (usually one). If there is none, it is the nearest such
+    word border within half a segment; failing that, the nearest such index. tokens[0] must begin a segment and a
+    sentence.
     """
     wanted, reach = depth * len(tokens), segment_length / 2
     least = -(-length // segment_length)
@@ -222,7 +226,7 @@ def choose_place(
 
 
 class WordPieces:
-    """Draws names and words that recall is not measured with: made up of a tokenizer's pieces, or a text's.
+    """Draws names and words that the recall measure never uses, made up of a tokenizer's entries or taken from a text.
 
     Raises:
         UserError: no entry of the tokenizer begins a word, or none continues one.
@@ -236,12 +240,12 @@ class WordPieces:
         self._next = np.flatnonzero(self._is_next & [text.islower() for text in self._texts])
         if not len(self._first) or not len(self._next):
             raise UserError(
-                "data.planted_made_up: the tokenizer has no entry that begins a word, or none that continues one: "
-                "set it to 0"
+                "data.planted_made_up: set it to 0, because the tokenizer has no entry that begins a word, or none "
+                "that continues one"
             )
 
     def draw_person(self, generator: np.random.Generator) -> str:
-        """A made-up first name and surname, each a capital letter and some pieces."""
+        """Make up a first name and a surname, each a capital letter followed by some pieces."""
         names: list[str] = []
         low, high = NAME_PIECES
         while len(names) < NAMES:
@@ -252,7 +256,7 @@ class WordPieces:
         return " ".join(names)
 
     def draw_word(self, text: NDArray[np.int64], generator: np.random.Generator) -> NDArray[np.int64]:
-        """The tokens of a made-up word or of one of the text, [N], as often the one as the other."""
+        """Return the tokens, [N], of a made-up word or of a word of the text, with equal probability."""
         while True:
             word = self._find_word(text, generator) if generator.random() < TEXT_WORDS else None
             if word is None:
@@ -262,7 +266,7 @@ class WordPieces:
                 return word
 
     def _find_word(self, tokens: NDArray[np.int64], generator: np.random.Generator) -> NDArray[np.int64] | None:
-        """A word of the text, rare ones as often as frequent ones; None: it has none that is whole."""
+        """Draw a whole word of the text, uniformly over distinct first tokens; None if that draw finds none."""
         begins = np.flatnonzero(self._is_first[tokens[:-1]])
         if not len(begins):
             return None
@@ -276,14 +280,16 @@ class WordPieces:
 
 
 class SamplePlanter:
-    """Puts `planted_facts` facts into every thousand tokens of a sample, each stated twice, a changed one three times.
+    """Plants `planted_facts` facts per thousand tokens on average, each stated twice (a changed one three times).
 
-    The first place is drawn evenly over the sample; the way to each next one, in tokens of the sample's text, so that
-    its logarithm is even between the two `planted_distance`. All are moved to the nearest border of sentences. A fact
-    whose last place lies beyond the sample's end is left out, and so is one whose question has been asked before. The
-    share `planted_backward` of the facts is told backward the last time: the value, then the name. The share
-    `planted_made_up` of the persons has a name that is made up of the tokenizer's own pieces, and that share of the
-    values in words is from no list: made up, too, or a word of the sample's own text.
+    The first statement's place is uniform over the sample. The distance to each following statement, in tokens of the
+    original sample, is log-uniform between the two values of `planted_distance`. Every place is moved to the nearest
+    sentence border. Facts whose last place lies beyond the end of the sample, or whose question has been used before,
+    are dropped.
+
+    A share `planted_backward` of the facts is stated backward the last time: the value, then the name. A share
+    `planted_made_up` of the people has a made-up name, and the same share of the values (except pass keys) is a
+    made-up word or a word of the sample's own text.
     """
 
     def __init__(self, tokenizer: Tokenizer, config: DataConfig, seed: int) -> None:
@@ -293,16 +299,19 @@ class SamplePlanter:
         self._borders = SentenceBorders(tokenizer)
         if not self._borders.can_stand:
             raise UserError(
-                "data.planted_facts: the tokenizer has no entry that ends a sentence, or none that begins with white "
-                "space: facts have no place"
+                "data.planted_facts: facts can't be planted, because the tokenizer has no entry that ends a sentence, "
+                "or none that begins with white space"
             )
         self._pieces = WordPieces(tokenizer) if config.planted_made_up else None
 
     def plant(self, tokens: NDArray[np.int64], epoch: int, begin: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """One sample, [N], with its facts, which displace as many tokens at its end; and which tokens they give away.
+        """Plant facts into a sample, [N].
 
-        These are the tokens after a fact's last question, which can be known from an earlier statement. The epoch,
-        where in its split the sample begins, and the seed decide all choices.
+        All choices depend only on the seed, the epoch and `begin`, the sample's offset in its split.
+
+        Returns:
+            The sample with its facts inserted and cut to N tokens; and a mask [N] of the answers, the tokens after a
+            fact's last question, which are predictable from an earlier statement.
         """
         config, length = self._config, len(tokens)
         generator = np.random.default_rng([self._seed, PLANT_STREAM, epoch, begin])
@@ -331,7 +340,7 @@ class SamplePlanter:
             marks[-1][answer_begin:] = True
         if not planted:
             return tokens, is_answer
-        before = np.concatenate(places)  # np.insert keeps the order of what goes to one place
+        before = np.concatenate(places)  # np.insert keeps the order of insertions at the same place
         return (
             np.insert(tokens, before, np.concatenate(planted))[:length],
             np.insert(is_answer, before, np.concatenate(marks))[:length],
@@ -340,10 +349,10 @@ class SamplePlanter:
     def _draw(
         self, text: NDArray[np.int64], among: Sequence[int], generator: np.random.Generator
     ) -> tuple[set[str], list[NDArray[np.int64]], int]:
-        """A fact's questions, the tokens of its statements, and where in the last of them the answer begins.
+        """Draw a fact: its questions, the tokens of its statements, and where the answer begins in the last statement.
 
-        The last one asks: it is the newest statement again, or the same fact told backward. Where facts may be told so,
-        there is a second question, for the name.
+        The last statement serves as the question: it repeats the newest statement or states the fact backward. If facts
+        may be stated backward, the backward question is among the questions.
         """
         config, pieces = self._config, self._pieces
         task = config.planted_tasks[generator.integers(len(config.planted_tasks))]

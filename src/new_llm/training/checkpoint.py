@@ -1,9 +1,9 @@
-"""Checkpoints: everything an interrupted training needs to continue as if nothing had happened.
+"""Checkpoints: everything that an interrupted training needs to continue as if nothing had happened.
 
-`best/` holds the best weights as a model folder. Each folder in `checkpoints/` holds the weights (safetensors), the
-optimizer, schedule, stream memory and random states (loaded with `weights_only=True`), the counters (JSON) and a
-manifest. Weights and optimizer state are unsharded and named by parameter, and the memory has all rows of the batch in
-order, so any number of processes can continue, with DDP or FSDP.
+`best/` contains the best weights as a model folder. Each folder in `checkpoints/` contains the weights (safetensors);
+the optimizer, schedule, carried memory and random states (loaded with `weights_only=True`); the counters (JSON); and a
+manifest. Weights and optimizer state are unsharded and keyed by parameter name, and the memory has all rows of the
+batch in order, so that any number of processes can resume, with DDP or FSDP.
 """
 
 import json
@@ -44,7 +44,7 @@ from new_llm.training.devices import read_random_states, set_random_states
 BEST_FOLDER = "best"
 CHECKPOINTS_FOLDER = "checkpoints"
 CHECKPOINT_NAME = "step-{:09d}-epoch-{:04d}"
-"""By steps done and epochs finished: after an epoch's last step there may be one before and one after validation."""
+"""Named by steps and finished epochs; after an epoch's last step there may be one before and one after validation."""
 WEIGHTS_FILE = "model.safetensors"
 VALUES_FILE = "trainer.pt"
 STATE_FILE = "state.json"
@@ -53,9 +53,10 @@ FORMAT_VERSION = 6
 
 @dataclass
 class TrainerState:
-    """The counters of a training.
+    """The counters of a training run.
 
-    Losses are nats per token; `window_*` and `epoch_*` are sums since the last line of metrics and the epoch's start.
+    `best_loss` and `recent_losses` are in nats per token. `window_*` and `epoch_*` are sums since the last line of
+    metrics and since the start of the epoch.
     """
 
     epoch: int = 0
@@ -84,10 +85,13 @@ class TrainerState:
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint's files hold: weights by name, the counters, and `values`.
+    """The contents of a checkpoint.
 
-    `values` has `optimizer` (by the parameters' names), `scheduler`, `memory` (of `get_memory_state`, with all rows),
-    `memory_rows` (None: one memory is shared by all rows) and `random_states` (of the main process).
+    Attributes:
+        weights: by parameter name.
+        values: `optimizer` (keyed by parameter name), `scheduler`, `memory` (as of `get_memory_state`, with all rows),
+            `memory_rows` (None: all rows share one memory) and `random_states` (of the main process).
+        state: the counters.
     """
 
     weights: dict[str, Tensor]
@@ -99,30 +103,31 @@ class Checkpoint(NamedTuple):
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a model's folder, damaged ones included, the newest first."""
+    """List the checkpoints of a model's folder, including damaged ones, newest first."""
     found = {path: _read_place(path) for path in (folder / CHECKPOINTS_FOLDER).glob("step-*")}
     return sorted((path for path, place in found.items() if place), key=lambda path: found[path], reverse=True)
 
 
 def _read_place(path: Path) -> tuple[int, ...]:
-    """Step and epoch of a checkpoint; empty for another file."""
+    """Return (step, epoch) of a checkpoint's name; empty for other names."""
     found = re.fullmatch(r"step-(\d+)-epoch-(\d+)", path.name)
     return tuple(map(int, found.groups())) if found else ()
 
 
 @contextmanager
 def write_checkpoint_folder(folder: Path, step: int, epoch: int, *, keep: int) -> Iterator[Path]:
-    """Inside the block: a folder for a checkpoint's files; at its end they are on disk, with a manifest.
+    """Open a temporary folder for a checkpoint's files; at the block's end it is committed with a manifest.
 
-    Of the older checkpoints `keep` − 1 stay; newer ones, which were damaged, are removed.
+    Afterwards the `keep` newest checkpoints up to this one remain; those of later steps, which were damaged, are
+    removed.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: deleted or renamed while the model trained")
+        raise UserError(f"{folder}: deleted or renamed during training")
     path = folder / CHECKPOINTS_FOLDER / CHECKPOINT_NAME.format(step, epoch)
     with write_folder_atomically(path) as temporary:
         yield temporary
         write_manifest(temporary)
-    # Newer ones were damaged: training has continued from an older one.
+    # If there are later ones, they were damaged and training has resumed from an earlier one.
     found = list_checkpoints(folder)
     kept = [other for other in found if _read_place(other) <= (step, epoch)][:keep]
     for other in found:
@@ -131,7 +136,11 @@ def write_checkpoint_folder(folder: Path, step: int, epoch: int, *, keep: int) -
 
 
 def find_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest undamaged checkpoint; None where there is none at all. `warn` is told in a line what was skipped."""
+    """Return the newest undamaged checkpoint, or None if there are none; report damaged ones to `warn` in one line.
+
+    Raises:
+        UserError: all are damaged.
+    """
     remove_leftovers(folder / CHECKPOINTS_FOLDER)
     damaged = list[str]()
     for path in list_checkpoints(folder):
@@ -144,13 +153,13 @@ def find_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
     if damaged:
         raise UserError(
             f"{folder / CHECKPOINTS_FOLDER}: every checkpoint is damaged: {'; '.join(damaged)}; remove this folder to "
-            "train the model anew"
+            "train the model from scratch"
         )
     return None
 
 
 def remove_checkpoints(folder: Path, keep: int = 0) -> None:
-    """Remove the checkpoints of a finished model, whose best weights stay, but the newest `keep`."""
+    """Remove all but the newest `keep` checkpoints of a finished model; its best weights stay."""
     for path in list_checkpoints(folder)[keep:]:
         remove_folder_atomically(path)
     if not keep:
@@ -170,10 +179,10 @@ def save_checkpoint(
     keep: int,
     processes: Processes = ALONE,
 ) -> None:
-    """Write a checkpoint into the model's folder and keep the newest `keep`. The main process writes, all call this."""
+    """Write a checkpoint into the model's folder and keep the newest `keep`. All processes call this; rank 0 writes."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict  # slow to import
 
-    # Whole tensors on the main process's CPU, by the parameters' names; on the others nothing.
+    # Full tensors on the main process's CPU, keyed by parameter name; nothing on the other processes.
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, optimizer_state = get_state_dict(model, optimizer, options=options)
     memory, rows = gather_memory(model, processes)
@@ -204,13 +213,13 @@ def load_checkpoint(
     warn: Callable[[str], None],
     processes: Processes = ALONE,
 ) -> TrainerState | None:
-    """Load the last good checkpoint into model, optimizer and schedule; None: there is none.
+    """Load the newest undamaged checkpoint into model, optimizer and schedule; return its counters, or None.
 
-    All processes call this; the main one reads.
+    All processes must call this; the main process reads the files.
 
     Raises:
-        UserError: all are damaged, or the last one is of another version or another model.
-        OtherProcessError: on the others, likewise.
+        UserError: all checkpoints are damaged, or the one to load has another version or belongs to another model.
+        OtherProcessError: the same, on the other processes.
     """
     last, found = None, None
     with processes.agree():
@@ -225,7 +234,7 @@ def load_checkpoint(
                 groups = {group["name"]: {names[one] for one in group["params"]} for group in optimizer.param_groups}
                 stored = found.values["optimizer"]["param_groups"]
                 if {group["name"]: set(group["params"]) for group in stored} != groups:
-                    raise ValueError("its optimizer's groups hold other weights")
+                    raise ValueError("its optimizer groups contain other parameters")
     state = processes.share(found and found.state)
     if state is not None:
         with processes.agree(), describe_fault(last or folder):
@@ -239,7 +248,12 @@ def load_checkpoint(
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint's files; another version is a `UserError`, a broken file raises what its library does."""
+    """Read a checkpoint's files.
+
+    Raises:
+        UserError: the checkpoint has another version.
+        Exception: whatever a library raises for a broken file.
+    """
     state = read_mapping(path / STATE_FILE)
     if state.get("format_version") != FORMAT_VERSION:
         raise UserError(
@@ -252,17 +266,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 @contextmanager
 def describe_fault(path: Path) -> Iterator[None]:
-    """Turn what a broken checkpoint raises into one line."""
+    """Turn any error that a broken checkpoint causes inside the block into a `UserError`."""
     try:
         yield
     except (UserError, OtherProcessError):
         raise
-    except Exception as error:  # libraries raise whatever a broken file provokes in them
+    except Exception as error:  # a broken file can raise almost anything in the libraries
         raise UserError(f"{path}: the checkpoint can't be read: {error}") from None
 
 
 def find_misfit(model: nn.Module, weights: dict[str, Tensor]) -> str | None:
-    """The first name that a model and some weights do not share with the same shape, in words; None: they fit."""
+    """Describe the first tensor whose name or shape differs between a model and some weights; None if all fit."""
     here, there = ({name: tuple(one.shape) for name, one in s.items()} for s in (model.state_dict(), weights))
     odd = min((name for name in {*here, *there} if here.get(name) != there.get(name)), default=None)
     return odd and f"{odd} is {there.get(odd)}, here {here.get(odd)}"
@@ -275,14 +289,14 @@ def restore_weights(
     optimizer: Optimizer,
     processes: Processes,
 ) -> None:
-    """Give every process its part of the main process's weights and optimizer state. All processes call this."""
+    """Load the main process's weights and optimizer state into every process, or its shards. All must call this."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
     shares = processes.count > 1
     share_weights(weights, model, processes)
     options = StateDictOptions(full_state_dict=shares, broadcast_from_rank0=shares, strict=False)
     set_optimizer_state_dict(model, optimizer, optimizer_state, options=options)
-    # A parameter without gradients so far has no state; torch fills in a state as after one step, so remove it.
+    # A parameter without gradients so far has no state, but torch fills in one as after a first step: remove it.
     known = processes.share(set(optimizer_state.get("state", {})))
     for name, parameter in model.named_parameters():
         if name not in known:
@@ -290,7 +304,7 @@ def restore_weights(
 
 
 def share_weights(weights: dict[str, Tensor], model: nn.Module, processes: Processes) -> None:
-    """Give every process the main process's weights, or its share of them. All processes call this."""
+    """Load the main process's weights into every process, or its shards of them. All processes must call this."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     shares = processes.count > 1
@@ -299,9 +313,9 @@ def share_weights(weights: dict[str, Tensor], model: nn.Module, processes: Proce
 
 
 def gather_memory(model: TransformerLM, processes: Processes) -> tuple[dict[int, dict[str, Any]], int | None]:
-    """The model's memory with the rows of all processes in order, and how many these are (None: shared).
+    """Return the memory state with the rows of all processes in order, and their number (None: one shared memory).
 
-    All processes call this.
+    All processes must call this.
     """
     rows = model.memory_rows
     own = model.get_memory_state()
@@ -320,10 +334,10 @@ def gather_memory(model: TransformerLM, processes: Processes) -> tuple[dict[int,
 def restore_memory(
     memory: dict[int, dict[str, Any]], rows: int | None, model: TransformerLM, processes: Processes
 ) -> None:
-    """Give the model this process's rows of a memory that `gather_memory` returned."""
+    """Set this process's rows of a memory that `gather_memory` returned."""
     own = processes.slice_rows(rows) if rows else slice(None)
     model.reset_memory(rows and own.stop - own.start)
-    if memory:  # a model without memory has rows all the same
+    if memory:  # even a model without memory has a number of rows
         model.set_memory_state(
             {
                 index: {key: value[own] if _has_rows(entry, key) else value for key, value in entry.items()}
@@ -342,11 +356,11 @@ def _has_rows(entry: dict[str, Any], key: str) -> bool:
 def restore_best(
     folder: Path, structure: dict[str, Any], state: TrainerState, warn: Callable[[str], None]
 ) -> TrainerState:
-    """Make sure that `best/` holds the best weights of the counters that training continues from.
+    """Make sure that `best/` contains the best weights according to `state`, the counters to resume from.
 
-    A checkpoint is written before the best weights and contains them if its last epoch was the best. A training killed
-    between the two writes, or with damaged best weights, restores them from there. If no checkpoint has them, the
-    newest one's weights replace them until the next epoch ends, and the counters returned say so.
+    A checkpoint is written before the best weights, and contains them if its last epoch was the best. If training was
+    killed between the two writes, or `best/` is damaged, they are restored from a checkpoint. If no checkpoint has
+    them, the newest one's weights replace them until the next epoch ends, and the returned counters say so.
     """
     if state.best_fingerprint is None:
         return state
@@ -359,12 +373,12 @@ def restore_best(
         weights = load_file(path / WEIGHTS_FILE)
         if fingerprint_tensors(weights) == state.best_fingerprint:
             write_model_files(structure, weights, best)
-            warn(f"the best weights (epoch {state.best_epoch}) are written again from {path.name}: {fault}")
+            warn(f"the best weights (epoch {state.best_epoch}) are restored from {path.name}: {fault}")
             return state
     weights = load_file(complete[0] / WEIGHTS_FILE)
     write_model_files(structure, weights, best)
     warn(
-        f"the best weights (epoch {state.best_epoch}) are lost: {fault}; those of {complete[0].name} stand in for them "
+        f"the best weights (epoch {state.best_epoch}) are lost: {fault}; those of {complete[0].name} replace them "
         "until the next epoch ends"
     )
     fingerprint = fingerprint_tensors(weights)

@@ -1,4 +1,4 @@
-"""The machine that a training runs on: its device and precision, random generators, memory, and stop signals."""
+"""The machine that training runs on: device and precision, random generators, memory use, and stop signals."""
 
 import os
 import random
@@ -17,15 +17,15 @@ from new_llm.config import UserError
 from new_llm.config.terminal import handle_signals
 
 CUBLAS_WORKSPACE = ":4096:8"
-"""A workspace per stream, without which cuBLAS is not deterministic (NVIDIA's cuBLAS documentation, 2.1.4)."""
+"""Makes cuBLAS deterministic (NVIDIA's cuBLAS documentation, 2.1.4)."""
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is a GPU where there is one; a device that is unknown or missing is a `UserError`."""
+    """Return the named device; `auto` is a GPU if there is one. Raise a `UserError` if it is unknown or missing."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: cuda was asked for, but torch sees no GPU here; use auto or cpu")
+        raise UserError("device: cuda was requested, but torch sees no GPU; use auto or cpu")
     try:
         return torch.device(name)
     except RuntimeError:
@@ -33,7 +33,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """The precision asked for; auto: bf16 where the hardware multiplies in it, else fp32."""
+    """Return the named precision; `auto` is bf16 if the hardware supports bf16 multiplication, else fp32."""
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -44,7 +44,7 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def make_autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
-    """The context in which both training and evaluation run the model."""
+    """Return a function that makes the autocast context for both training and evaluation."""
     if precision == "bf16":
         return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext
@@ -52,9 +52,10 @@ def make_autocast(precision: str, device: torch.device) -> Callable[[], Abstract
 
 @contextmanager
 def compute_deterministically(is_wanted: bool = True) -> Iterator[None]:
-    """Inside the block, if wanted, torch uses only deterministic algorithms; an op without one is an error.
+    """Let torch use only deterministic algorithms inside the block; an op without one raises an error.
 
-    The number of threads must be the same too, since it decides how sums are split; `environment.json` records it.
+    For equal results the number of threads must be equal, too, because it determines how sums are split;
+    `environment.json` records it.
     """
     if not is_wanted:
         yield
@@ -82,7 +83,7 @@ def seed_generators(seed: int) -> None:
 
 
 def read_random_states() -> dict[str, Any]:
-    """The states of all generators, as tensors, numbers and texts that load with `weights_only=True`."""
+    """Return the states of all generators as plain values that load with `weights_only=True`."""
     version, words, gauss = random.getstate()
     numpy_state: Any = np.random.get_state(legacy=False)
     return {
@@ -114,7 +115,7 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 
 def read_used_bytes(device: torch.device) -> int:
-    """Bytes in use: allocated on a GPU, resident in the process on a CPU; 0 where unknown."""
+    """Return the bytes allocated on a GPU, or the process's resident size on a CPU (0 if unknown)."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     try:
@@ -124,7 +125,7 @@ def read_used_bytes(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Reset the peak, where the system allows it."""
+    """Reset the peak that `read_peak_memory` returns, if the system allows it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
@@ -135,7 +136,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def read_peak_memory(device: torch.device) -> int:
-    """Peak bytes since `reset_peak_memory`: allocated on a GPU, resident in the process on a CPU."""
+    """Return the peak bytes since `reset_peak_memory`: allocated on a GPU, or the process's resident size on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":
@@ -150,11 +151,11 @@ def read_peak_memory(device: torch.device) -> int:
 
 
 STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
-"""Ctrl-C, what systems send before they kill, and what some clusters send some time before that."""
+"""Ctrl-C; the signal that systems send before SIGKILL; and the early warning that some clusters send before that."""
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Training was asked to stop and has saved a checkpoint in the model's `folder`."""
+    """Training was interrupted and can be resumed from the model's `folder`."""
 
     def __init__(self, message: str, folder: Path) -> None:
         super().__init__(message)
@@ -163,7 +164,7 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 @contextmanager
 def interrupt_training(folder: Path) -> Iterator[None]:
-    """Around the work on one model: an interrupt outside its training can be resumed like one during it."""
+    """Turn a KeyboardInterrupt in the work on one model into TrainingInterrupted, so that the run can be resumed."""
     try:
         yield
     except TrainingInterrupted:
@@ -173,7 +174,7 @@ def interrupt_training(folder: Path) -> Iterator[None]:
 
 
 class StopSignals:
-    """Whether a signal has asked to stop: call it to find out. See `catch_stop_signals`."""
+    """Call it to find out whether a stop signal has arrived. See `catch_stop_signals`."""
 
     def __init__(self, repeats_end: bool) -> None:
         self.repeats_end = repeats_end
@@ -181,12 +182,12 @@ class StopSignals:
         self._interrupts = False
 
     def __call__(self) -> bool:
-        """Whether a signal has come."""
+        """Return whether a signal has arrived."""
         return self._num_received > 0
 
     @contextmanager
     def interrupt(self) -> Iterator[None]:
-        """Around work that can simply be repeated: a signal raises KeyboardInterrupt, even one that came before."""
+        """Let signals, even earlier ones, raise KeyboardInterrupt inside the block; for work that can be repeated."""
         self._interrupts = True
         try:
             if self():
@@ -196,7 +197,7 @@ class StopSignals:
             self._interrupts = False
 
     def note(self, *_: object) -> None:
-        """The signals' handler."""
+        """Handle a signal."""
         self._num_received += 1
         if self._interrupts or (self._num_received > 1 and self.repeats_end):
             raise KeyboardInterrupt
@@ -204,9 +205,9 @@ class StopSignals:
 
 @contextmanager
 def catch_stop_signals(*, repeats_end: bool = True) -> Iterator[StopSignals]:
-    """Inside the block `STOP_SIGNALS` only set a flag, which the loop checks; with `repeats_end` a second one ends it.
+    """Inside the block `STOP_SIGNALS` only set a flag that the loop checks; with `repeats_end` a second one interrupts.
 
-    Not so under a launcher, which forwards to every process what the terminal has already sent it.
+    Pass False under a launcher, which forwards to every process a signal that the terminal has already sent to it.
     """
     stop = StopSignals(repeats_end)
     with handle_signals(STOP_SIGNALS, stop.note):

@@ -1,12 +1,12 @@
-"""Watch the numbers of the steps: losses and gradient norms are read late, bad steps stop training or are skipped.
+"""Guards against bad steps: a non-finite loss or gradient norm stops training or skips the step; spikes are reported.
 
-Reading a number makes the host wait for a GPU, so a step's loss and gradient norm stay on the device and are read
-every few steps. A loss or norm that is not finite turns that step's update into a no-op on the device itself, by fused
-AdamW's own switch (`found_inf`). Where faults stop training every later update is a no-op too: whenever the fault is
-read, weights and optimizer are as they were before the step.
+Reading a number makes the host wait for the GPU, so each step's loss and gradient norm stay on the device and are read
+every few steps. A non-finite loss or norm turns the step's update into a no-op on the device, through fused AdamW's
+`found_inf`. If faults stop training, all later updates are no-ops, too: however late the fault is read, weights and
+optimizer are as they were before the step.
 
 A bad step leaves a `fault` line in `metrics.jsonl` and, in `faults/step-000000123.safetensors`, the batches that each
-process read. To find the tokens that caused it, call the model of the checkpoint before it on them.
+process read. To find the tokens that caused it, run the model of the last checkpoint before it on these batches.
 """
 
 import math
@@ -29,7 +29,7 @@ from new_llm.training.checkpoint import TrainerState
 
 FAULTS_FOLDER = "faults"
 MAD_TO_DEVIATION = 1.4826
-"""A normal distribution's standard deviation over its median absolute deviation."""
+"""Standard deviation / median absolute deviation of a normal distribution."""
 
 
 class TrainingError(RuntimeError):
@@ -38,9 +38,16 @@ class TrainingError(RuntimeError):
 
 @dataclass
 class Step:
-    """An optimizer step: its number and epoch (from 1), the epoch's batches before it, its predicted tokens, and the
-    batches that this process read, on the host; then, once read, the mean loss of its tokens (nats), and its gradients'
-    norm before clipping.
+    """An optimizer step.
+
+    Attributes:
+        step: its number, from 1.
+        epoch: its epoch, from 1.
+        batch: the epoch's batches before it.
+        num_tokens: its predicted tokens, over all processes.
+        batches: what this process read, on the host.
+        loss: the mean over its tokens in nats; NaN until it is read from the device.
+        grad_norm: before clipping; NaN until it is read from the device.
     """
 
     step: int
@@ -54,13 +61,16 @@ class Step:
 
 @dataclass(eq=False)
 class StepMonitor:
-    """Keeps the steps' numbers on the device until they are read, then judges them.
+    """Keeps the steps' losses and gradient norms on the device until they are read, then checks them.
 
-    Losses are summed over the processes; the gradients' norm already is.
+    Losses are summed over the processes; gradient norms already cover all of them.
 
     Attributes:
-        every_steps: how often numbers are read; 1: before each update.
-        has_failed: whether the last step's update is a no-op, on the device.
+        every_steps: how often the numbers are read; 1: before each update.
+        has_failed: a bool on the device: whether the last step's update is a no-op.
+        describe_place: describes where a step is in the data.
+        write: writes a line of metrics: event, step, values.
+        note: prints a line on the console.
     """
 
     optimizer: Optimizer
@@ -70,11 +80,8 @@ class StepMonitor:
     device: torch.device
     processes: Processes
     describe_place: Callable[[Step], str]
-    """Says where a step is in the data."""
     write: Callable[[str, int, dict[str, Any]], None]
-    """Takes a line of metrics."""
     note: Callable[[str], None]
-    """Takes a line for the console."""
 
     def __post_init__(self) -> None:
         # On a CPU reading a number costs nothing; on a GPU it makes the host wait.
@@ -84,11 +91,11 @@ class StepMonitor:
         self._pending: list[tuple[Step, Tensor]] = []
 
     def add(self, step: Step, losses: list[Tensor], norm: Tensor) -> bool:
-        """Keep a step's numbers, before its update; returns whether it is time to read them.
+        """Store a step's numbers, before its update; return whether it is time to `read` them.
 
         Args:
-            losses: this process's shares of the mean loss, one per batch.
-            norm: of the step's gradients, before clipping.
+            losses: this process's contributions to the mean loss, one per batch.
+            norm: the gradient norm before clipping.
         """
         loss = self.processes.sum_on_device(torch.stack(losses).double().sum())
         numbers = torch.stack([loss, norm.detach().double()])
@@ -99,12 +106,12 @@ class StepMonitor:
         return len(self._pending) >= self.every_steps
 
     def read(self, state: TrainerState) -> tuple[list[Step], int]:
-        """The good steps since the last call, oldest first, and the number of tokens of the skipped ones.
+        """Return the good steps since the last call, oldest first, and the number of tokens in the skipped ones.
 
-        This synchronises with the device and updates the counters of skipped steps and recent losses.
+        Synchronises with the device and updates the state's skipped steps and recent losses.
 
         Raises:
-            TrainingError: a number is not finite, and steps are not skipped, or too many have been.
+            TrainingError: a number is not finite and bad steps are not skipped, or too many were skipped in a row.
         """
         pending, self._pending = self._pending, []
         values = torch.stack([numbers for _, numbers in pending]).tolist() if pending else []
@@ -141,13 +148,13 @@ class StepMonitor:
         state.skips_in_a_row += 1
         if state.skips_in_a_row > self.config.max_skipped_steps:
             raise TrainingError(
-                f"{line}: {state.skips_in_a_row} steps in a row, over train.max_skipped_steps "
-                f"({self.config.max_skipped_steps}): the weights are as they were before them"
+                f"{line}: {state.skips_in_a_row} bad steps in a row exceed train.max_skipped_steps "
+                f"({self.config.max_skipped_steps}); the weights are as they were before them"
             )
         self.note(f"{line}: the step is skipped")
 
     def _look_for_spike(self, step: Step, state: TrainerState) -> None:
-        """Warn when a loss rises far above the recent ones, and again only after it has come back."""
+        """Warn if the loss rises far above the recent ones; once per spike."""
         window = self.config.spike_window
         if not window:
             return
@@ -168,7 +175,7 @@ class StepMonitor:
 
 
 def write_batches(path: Path, batches: list[list[Batch]]) -> None:
-    """Write the batches of each process: `processes.0.batches.0.input_ids` and so on."""
+    """Write each process's batches, as tensors named `processes.0.batches.0.input_ids` and so on."""
     tensors = {
         f"processes.{rank}.batches.{number}.{name}": tensor.contiguous()
         for rank, own in enumerate(batches)

@@ -1,4 +1,4 @@
-"""What a training logs: `metrics.jsonl`, TensorBoard, other trackers, and the live view on a terminal."""
+"""Training logs: `metrics.jsonl`, TensorBoard, other trackers, and the live view on a terminal."""
 
 import importlib.util
 import json
@@ -25,24 +25,26 @@ from new_llm.training.devices import read_used_bytes
 
 METRICS_FILE = "metrics.jsonl"
 MAX_LINE_CHARACTERS = 1 << 24
-"""A longer line counts as broken."""
+"""Longer lines count as broken."""
 TAIL_BYTES = 1 << 16
-"""The end of a file of metrics, which holds its last lines."""
+"""How much of the end of `metrics.jsonl` `read_last_metrics` reads."""
 BOARD_FOLDER = "tensorboard"
 TRACKER_PROJECT = "new-llm"
 TRACKER_RUN_NAMES = {"wandb": "name", "mlflow": "run_name", "trackio": "name"}
-"""What each tracker calls the name of one run."""
+"""The option by which each tracker takes a run's name."""
 
 
 class MetricsWriter:
     """Appends to `metrics.jsonl` (one JSON object per line), to TensorBoard's event files and to other trackers.
 
-    Of an existing file `num_lines` lines stay: those that the checkpoint counts; an interrupted run wrote the rest
-    after it. `step` is the optimizer step that training continues from.
+    Args:
+        num_lines: how many lines of an existing file to keep. The checkpoint stores this number; an interrupted run
+            wrote the later lines after it.
+        step: the optimizer step from which training continues.
     """
 
     def __init__(self, folder: Path, num_lines: int = 0, step: int = 0, accelerator: Accelerator | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, needed by training alone
+        from torch.utils.tensorboard import SummaryWriter  # slow to import; only training needs it
 
         folder.mkdir(parents=True, exist_ok=True)
         self.accelerator = accelerator
@@ -52,17 +54,16 @@ class MetricsWriter:
         self.num_lines = len(kept)
         self._file = self.path.open("a", encoding="utf-8")
         if step == 0:
-            shutil.rmtree(folder / BOARD_FOLDER, ignore_errors=True)  # of an attempt that reached no checkpoint
+            shutil.rmtree(folder / BOARD_FOLDER, ignore_errors=True)  # left by an attempt without a checkpoint
         self._thread_hook = threading.excepthook
         threading.excepthook = self._note_thread_error
         with name_refusals(folder / BOARD_FOLDER):
             self._board = SummaryWriter(folder / BOARD_FOLDER, purge_step=step + 1 if step else None)
 
     def write(self, event: str, step: int, values: dict[str, Any]) -> None:
-        """Add one line {"event", "step", ...}.
+        """Append one line {"event", "step", ...} and log its finite numbers to TensorBoard and the trackers.
 
-        TensorBoard and the trackers get its finite numbers, too: `train/loss`, `gates/layers.0.1` (of a head),
-        `alpha/layers.0`.
+        Their tags are e.g. `train/loss`, `gates/layers.0.1` (layer 0, head 1) and `alpha/layers.0`.
         """
         shown: dict[str, Any] = {f"{event}/{name}": value for name, value in values.items()}
         for name, gates in values.get("gates", {}).items():
@@ -79,7 +80,7 @@ class MetricsWriter:
             self.accelerator.log(numbers, step=step)
 
     def sync(self) -> None:
-        """Flush to the disk, before a checkpoint says that these lines are there."""
+        """Flush to disk, before a checkpoint records the number of lines."""
         with name_refusals(self.path):
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -96,13 +97,13 @@ class MetricsWriter:
             threading.excepthook = self._thread_hook
 
     def _note_thread_error(self, error: threading.ExceptHookArgs) -> None:
-        # TensorBoard's writer raises its thread's error again at the next call, where it becomes one line.
+        # TensorBoard's writer raises its thread's error again at the next call, where we report it in one line.
         if not type(error.thread).__module__.startswith("tensorboard."):
             self._thread_hook(error)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl` up to the first broken one: a killed process may leave half a line."""
+    """Read the lines of `metrics.jsonl` up to the first broken one; a killed process may leave half a line."""
     path = folder / METRICS_FILE
     lines: list[dict[str, Any]] = []
     if path.exists():
@@ -119,7 +120,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_last_metrics(folder: Path) -> dict[str, Any] | None:
-    """The newest whole line of `metrics.jsonl`, for which only the file's end is read; None: there is none."""
+    """Return the last complete line of `metrics.jsonl`, or None; reads only the end of the file."""
     path = folder / METRICS_FILE
     if not path.exists():
         return None
@@ -128,7 +129,7 @@ def read_last_metrics(folder: Path) -> dict[str, Any] | None:
         for text in reversed(file.read().splitlines()):
             try:
                 line = json.loads(text)
-            except ValueError:  # half a line: it is being written, or was cut
+            except ValueError:  # half a line, still being written or cut by TAIL_BYTES
                 continue
             if isinstance(line, dict):
                 return line
@@ -139,7 +140,7 @@ def read_last_metrics(folder: Path) -> dict[str, Any] | None:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Reject a tracker that is not installed, before any work is done."""
+    """Raise a `UserError` if a tracker is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"train.trackers: {name} is not installed: pip install {name}")
@@ -149,7 +150,7 @@ def check_trackers(names: Sequence[str]) -> None:
 def open_trackers(
     accelerator: Accelerator, names: Sequence[str], run: str, settings: Mapping[str, Any]
 ) -> Iterator[None]:
-    """Inside the block `accelerator.log` reaches the trackers, if any, as this run with these nested settings."""
+    """Open the trackers, if any, for `accelerator.log` inside the block, with this run's name and nested settings."""
     if names:
         options = {name: {TRACKER_RUN_NAMES[name]: run} for name in names}
         flat = flatten_settings(settings)
@@ -165,17 +166,14 @@ def open_trackers(
 # The live view
 
 SMOOTHING = 0.9
-"""Share of the old value in a smoothed loss or rate."""
+"""Weight of the old value in the moving average of loss and rate."""
 REFRESH_SECONDS = 0.5
-"""Between two readings of the process's memory."""
+"""Interval between readings of the process's memory."""
 
 
 @dataclass(eq=False)
 class TrainingProgress:
-    """The progress of one model's training: a live view on a terminal.
-
-    A file or pipe gets one line per epoch and, in long epochs, one every `line_seconds`.
-    """
+    """Shows one model's progress: a live view on a terminal; else one line per epoch and every `line_seconds`."""
 
     name: str
     console: Console
@@ -194,7 +192,7 @@ class TrainingProgress:
         self._total_steps = 0
 
     def begin_epoch(self, epoch: int, num_epochs: int, steps_per_epoch: int, step: int) -> None:
-        """An epoch (from 1) begins, or continues at an optimizer step."""
+        """Start showing an epoch (from 1), possibly resumed at an optimizer step."""
         self._total_steps = num_epochs * steps_per_epoch
         self._epoch_text = f"epoch {epoch}/{num_epochs}"
         if not self.console.is_terminal:
@@ -213,7 +211,7 @@ class TrainingProgress:
         self._bar.start()
 
     def step(self, step: int, loss: float | None, num_tokens: int, seconds: float) -> None:
-        """An optimizer step is done. Its loss may not have been read yet; the loss shown is smoothed."""
+        """Show a finished optimizer step. `loss` is None if it has not been read from the device yet."""
         if loss is not None:
             self._loss = loss if self._loss is None else SMOOTHING * self._loss + (1 - SMOOTHING) * loss
         rate = num_tokens / max(seconds, 1e-9)
@@ -228,7 +226,7 @@ class TrainingProgress:
             self._print(f"{self._epoch_text}  step {step:,}/{self._total_steps:,}  {text}")
 
     def end_epoch(self, values: dict[str, Any]) -> None:
-        """An epoch has been validated."""
+        """Print the results of an epoch after its validation."""
         self.stop()
         best = " (best so far)" if values["is_best"] else ""
         self._print(

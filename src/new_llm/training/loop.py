@@ -1,4 +1,4 @@
-"""The training loop: epochs of batches on Accelerate, validation, early stopping, checkpoints."""
+"""The training loop: epochs of batches, validation, early stopping and checkpoints, on Accelerate."""
 
 import functools
 import math
@@ -54,7 +54,7 @@ from new_llm.training.preparation import (
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a training went; see `TrainerState` for the counters."""
+    """The outcome of a training run; see `TrainerState` for the counters."""
 
     epochs: int
     best_epoch: int
@@ -72,34 +72,34 @@ class Trainer:
     """Trains one model on one split.
 
     Raises:
-        UserError: the processes do not divide the batch, or the weights can't be sharded.
+        UserError: the batch size is not a multiple of the number of processes, or the weights can't be sharded.
     """
 
     model: TransformerLM
     split: TokenSplit
     data: DataConfig
-    """How the split is cut into samples, and the order of samples."""
+    """How to cut the split into samples, and in which order to read them."""
     config: TrainConfig
     folder: Path
     """The model's folder in the run."""
     _: KW_ONLY
     validate: Callable[[Any], float]
-    """Measures the validation loss (nats per token) of the model as it is, a `ShardedModel` where it is sharded."""
+    """Returns the validation loss (nats per token) of the model, which is passed as a `ShardedModel` if sharded."""
     measure: Callable[[TransformerLM], dict[str, Any]] | None = None
-    """What else is measured of it on the way, plain values for an event "checkpoint" in `metrics.jsonl`."""
+    """Returns further measurements during training, as plain values for a "checkpoint" event in `metrics.jsonl`."""
     checkpoints: Sequence[float] = ()
-    """The shares of the training after which it is."""
+    """The shares of the training (0 to 1) after which to call `measure`."""
     device: torch.device
     progress: TrainingProgress
     seed: int = 0
     loss_fn: LossFunction | None = None
-    """A batch's loss, summed over its predicted tokens; None: the model's own (`model.total_loss`)."""
+    """Returns a batch's loss, summed over its predicted tokens; None: `model.total_loss`."""
     processes: Processes = ALONE
-    """Those that train the model together; each reads its rows of every batch."""
+    """The processes that train the model together; each reads its own rows of every batch."""
     planter: SamplePlanter | None = None
     """Plants facts to recall in the samples."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """The run's configuration, which trackers record."""
+    """The run's configuration, for trackers to record."""
 
     def __post_init__(self) -> None:
         data, config = self.data, self.config
@@ -117,7 +117,7 @@ class Trainer:
         read_progress = self._share_spent if config.stop_at == "cpu_seconds" else None
         schedule = make_schedule(config, self.steps_per_epoch, read_progress)
         self.scheduler = LambdaLR(self.optimizer.optimizer, schedule)
-        self.metrics: MetricsWriter | None = None  # on other processes than the main one
+        self.metrics: MetricsWriter | None = None  # stays None on all but the main process
         self.monitor = StepMonitor(
             self.optimizer.optimizer,
             config,
@@ -134,11 +134,11 @@ class Trainer:
         """Train until the last epoch, or until processor seconds or patience run out.
 
         Args:
-            resume: continue from the last checkpoint where there is one.
+            resume: continue from the last checkpoint, if there is one.
 
         Raises:
             TrainingError: a loss or gradient is not finite.
-            TrainingInterrupted: a signal asked to stop; a checkpoint has been written.
+            TrainingInterrupted: a stop signal arrived; a checkpoint has been written.
             UserError: the checkpoint is broken.
         """
         if resume:
@@ -148,7 +148,7 @@ class Trainer:
             while not self._is_done():
                 self._train_epoch(is_asked)
                 self._end_epoch(is_asked)
-        # A signal may have come after the last step checked; check again now that signals are no longer caught.
+        # A signal may have arrived after the last step's check.
         if self.processes.any(is_asked()):
             raise self._interrupted()
         state = self.state
@@ -170,7 +170,7 @@ class Trainer:
         return state.stopped_early or is_over
 
     def _share_spent(self) -> float:
-        """How much of the training is done: of its processor seconds where they end it, else of its epochs' steps."""
+        """Return the share of the training that is done, in processor seconds if they end it, else in steps."""
         config, state = self.config, self.state
         if config.stop_at == "cpu_seconds":
             return state.cpu_seconds / config.cpu_seconds
@@ -179,7 +179,7 @@ class Trainer:
     # Batches
 
     def plan_epoch(self, epoch: int) -> BatchPlan | JoinedPlan:
-        """This process's rows of an epoch's batches."""
+        """Plan an epoch's batches, with this process's rows."""
         data = self.data
         plan = functools.partial(self._plan_samples, epoch)
         if data.mixed_samples:
@@ -191,11 +191,7 @@ class Trainer:
         return plan_curriculum(data.segment_curriculum, epoch, self.config.num_epochs, self.num_batches, plan)
 
     def _plan_samples(self, epoch: int, segments: int, batch_size: int | None = None) -> BatchPlan:
-        """An epoch in samples of `segments` segments, with as many tokens per batch as whole samples have.
-
-        Args:
-            batch_size: whole samples in a batch; None: those of the configuration.
-        """
+        """Plan an epoch of samples of `segments` segments; a batch has as many tokens as `batch_size` whole samples."""
         shape = shape_batches(self.data, batch_size or self.config.batch_size, segments)
         plan = plan_batches(
             self.split,
@@ -217,7 +213,7 @@ class Trainer:
         if state.batch == 0:
             self.model.reset_memory(config.batch_size // self.processes.count if self.carries_memory else None)
             state.epoch_loss, state.epoch_tokens = 0.0, 0
-        num_epochs = max(config.num_epochs, state.epoch + 1)  # more where the seconds decide
+        num_epochs = max(config.num_epochs, state.epoch + 1)  # there may be more if processor seconds end training
         self.progress.begin_epoch(state.epoch + 1, num_epochs, self.steps_per_epoch, state.step)
         with prefetch_batches(plan, state.batch, config.prefetch_batches, pin=self.device.type == "cuda") as batches:
             is_last = state.batch == len(plan)
@@ -228,22 +224,22 @@ class Trainer:
                 state.batch = numbers.stop
                 is_last = state.batch == len(plan) or (config.stop_at == "cpu_seconds" and self._is_done())
                 if any(before < share <= self._share_spent() for share in self.checkpoints):
-                    self._measure()  # before a checkpoint is written, which then holds its line
+                    self._measure()  # before `_after_step`, so that a checkpoint counts its metrics line
                 self._after_step(is_asked, is_last=is_last)
 
     def _train_step(self, batches: list[Batch]) -> None:
-        """One optimizer step over some batches: the mean loss of all their tokens, whichever process reads them."""
+        """Take one optimizer step on the mean loss over all tokens of the batches, on all processes."""
         state = self.state
         begin, cpu_begin = time.perf_counter(), time.process_time()
         num_tokens = sum(batch.num_targets for batch in batches)
         before = self._keep_memory(batches) if self.monitor.skips_faults and self.carries_memory else None
         losses: list[Tensor] = []
         for number, batch in enumerate(batches):
-            # Unreduced gradients of sharded weights would need the memory of whole ones, so each batch's are reduced.
+            # If weights are sharded, reduce after every batch: unreduced gradients are as large as the whole weights.
             reduces = number + 1 == len(batches) or self.structure is not None
             with nullcontext() if reduces else self.accelerator.no_sync(self.batch_loss):
                 loss = self._forward(batch) / max(num_tokens, 1)
-                self.accelerator.backward(loss * self.processes.count)  # gradients are averaged over processes
+                self.accelerator.backward(loss * self.processes.count)  # undoes the averaging over processes
             losses.append(loss.detach())
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         assert norm is not None
@@ -255,7 +251,7 @@ class Trainer:
             self.model.restore_memory(before, self.monitor.has_failed)
         self.optimizer.step()
         cpu_seconds = time.process_time() - cpu_begin
-        if self.config.stop_at == "cpu_seconds":  # which all processes must agree on
+        if self.config.stop_at == "cpu_seconds":  # all processes must agree when to stop
             state.cpu_seconds += sum(self.processes.gather(cpu_seconds))
         else:
             state.cpu_seconds += cpu_seconds * self.processes.count
@@ -276,7 +272,7 @@ class Trainer:
         else:
             self.model.reset_memory()
         sent = map_tensors(batch, lambda tensor: tensor.to(self.device, non_blocking=True))
-        # What the host asks for stays there: asking a GPU would be to wait for it.
+        # The host reads mask and resets; on a GPU that would synchronise.
         return self.batch_loss(replace(sent, attention_mask=batch.attention_mask, resets=batch.resets))
 
     def _compute_loss(self, model: TransformerLM, batch: Batch) -> Tensor:
@@ -289,7 +285,7 @@ class Trainer:
         )
 
     def _keep_memory(self, batches: list[Batch]) -> KeptMemory:
-        """The memory to continue with if the step is skipped: the current one, but empty where a document begins."""
+        """Return the memory to continue from if the step is skipped: the current one, reset where a document begins."""
         now = self.model.keep_memory()
         self.model.reset_rows(torch.stack([batch.resets for batch in batches]).any(0))
         kept = self.model.keep_memory()
@@ -297,11 +293,11 @@ class Trainer:
         return kept
 
     def _after_step(self, is_asked: StopSignals, *, is_last: bool) -> None:
-        """Read numbers, log and save when due; stop if that was asked for."""
+        """Read numbers, log and save when due; stop if a signal has arrived."""
         state, config = self.state, self.config
         logs = state.step % config.log_every_steps == 0
         stops = self.processes.any(is_asked())
-        # An epoch's last step is followed by validation, which writes its own checkpoint.
+        # After an epoch's last step, `_end_epoch` writes a checkpoint.
         saves = stops or (state.step % config.checkpoint_every_steps == 0 and not is_last)
         if logs or saves or is_last:
             self._read_numbers()
@@ -313,7 +309,7 @@ class Trainer:
             raise self._interrupted()
 
     def _read_numbers(self) -> None:
-        """Add the numbers of the steps since the last reading to the counters, without the skipped steps."""
+        """Update the counters by the steps since the last reading, leaving out skipped ones."""
         state = self.state
         good, num_skipped = self.monitor.read(state)
         state.num_tokens -= num_skipped
@@ -333,10 +329,10 @@ class Trainer:
         self._write("checkpoint", state.step, values | {"cpu_seconds": state.cpu_seconds, "evaluation": found})
 
     def _end_epoch(self, signals: StopSignals) -> None:
-        """Validate, write a checkpoint, and keep the best weights."""
+        """Validate, write a checkpoint, and save the weights if they are the best so far."""
         state, patience = self.state, self.config.patience
         try:
-            # Several processes validate together, and stop together after it.
+            # Several processes validate together and can only stop together afterwards.
             with signals.interrupt() if self.processes.count == 1 else nullcontext():
                 loss = self.validate(self.read_model)
         except KeyboardInterrupt:
@@ -364,7 +360,7 @@ class Trainer:
         }
         self._write("epoch", state.step, values)
         self._save()
-        if best is not None:  # after the checkpoint, which holds the same weights: see restore_best
+        if best is not None:  # after the checkpoint, which contains the same weights: see restore_best
             self.processes.run_on_main(lambda: save_model(best, self.folder / BEST_FOLDER))
         self.progress.end_epoch(values)
 
@@ -407,7 +403,7 @@ class Trainer:
         state.window_loss, state.window_tokens, state.window_seconds = 0.0, 0, 0.0
 
     def _save(self) -> None:
-        """Write a checkpoint, and first the metrics of the steps that it holds."""
+        """Flush the metrics, then write a checkpoint."""
         if self.metrics is not None:
             self.metrics.sync()
             self.state.metrics_lines = self.metrics.num_lines
@@ -415,14 +411,14 @@ class Trainer:
         save_checkpoint(self.folder, *parts, keep=self.config.keep_checkpoints, processes=self.processes)
 
     def _resume(self) -> None:
-        """Continue from the last checkpoint, if there is one, and make sure that its best weights are there."""
+        """Continue from the last checkpoint, if there is one, and make sure that the best weights exist."""
         parts = self.model, self.optimizer.optimizer, self.scheduler
         warn = self.progress.note
         loaded = load_checkpoint(self.folder, *parts, warn=warn, processes=self.processes)
         if loaded is not None:
             structure = self.structure or describe_model(self.model)
             self.state = self.processes.run_on_main(lambda: restore_best(self.folder, structure, loaded, warn))
-            # Patience and length may be others than before.
+            # Patience and length may have been changed since.
             self.state.stopped_early = bool(self.config.patience) and loaded.epochs_without_gain >= self.config.patience
             for group, rate in zip(self.optimizer.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
                 group["lr"] = rate * self.scheduler.lr_lambdas[0](self.state.step)

@@ -1,4 +1,4 @@
-"""What a training step calls: the wrapped model (alone, DDP or FSDP2), the optimizer, and batches made ahead."""
+"""Preparation for training: the wrapped model (plain, DDP or FSDP2), the optimizer, and prefetched batches."""
 
 import itertools
 import math
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
 LossFunction = Callable[[TransformerLM, Batch], Tensor]
-"""A batch's loss, summed over its predicted tokens: a step divides by the tokens of all its batches and processes."""
+"""A batch's loss, summed over its predicted tokens; the step divides by the tokens of all its batches and processes."""
 
 
 class BatchLoss(nn.Module):
-    """A loss function as a module, so that wrappers of the model (DDP, autocast, FSDP) wrap the whole loss."""
+    """A loss function as a module, so that DDP, autocast and FSDP wrap the loss together with the model."""
 
     def __init__(self, model: TransformerLM, loss_fn: LossFunction) -> None:
         super().__init__()
@@ -51,12 +51,17 @@ class BatchLoss(nn.Module):
         return self.loss_fn(self.model, batch)
 
     def token_losses(self, *args: Any, **options: Any) -> Tensor:
-        """The model's `token_losses`, from here, where FSDP holds what is outside the layers."""
+        """Call the model's `token_losses` through this module, the FSDP root, which gathers embedding and head."""
         return self.model.token_losses(*args, **options)
 
 
 class PreparedTraining(NamedTuple):
-    """What a step calls. `batch_loss` is wrapped for several processes; `structure` is a sharded model's, else None."""
+    """What a training step uses.
+
+    Attributes:
+        batch_loss: a `BatchLoss`, wrapped by DDP or FSDP if there are several processes.
+        structure: of a sharded model, as `shard_weights` returns it; else None.
+    """
 
     accelerator: Accelerator
     batch_loss: nn.Module
@@ -72,13 +77,16 @@ def prepare_training(
     precision: str,
     processes: Processes,
 ) -> PreparedTraining:
-    """Move the model to its device and wrap it as configured; weights that can't be sharded are a `UserError`.
+    """Move the model to its device and wrap it as configured.
 
-    A model that is to be sharded is never whole on a device; other processes' may be on `meta`, without weights.
+    A model to be sharded is never whole on any device. On processes other than the main one it may be on `meta`.
+
+    Raises:
+        UserError: the weights can't be sharded.
     """
     is_sharded = config.sharding == "fsdp" and processes.count > 1
     finds_unused = processes.count > 1 and not is_sharded and has_unused_parameters(model, loss_fn)
-    AcceleratorState._reset_state(True)  # Accelerate allows one precision per process unless it is reset
+    AcceleratorState._reset_state(True)  # without it, Accelerate insists on one precision per process
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="bf16" if precision == "bf16" else "no",
@@ -91,10 +99,10 @@ def prepare_training(
     if device.type == "cpu":
         keep_freed_memory()
     if config.compile or (config.compile is None and accelerator.device.type == "cuda" and has_triton()):
-        native.load_kernels()  # compiled layers can't load them
+        native.load_kernels()  # compiled layers can't load the kernels themselves
         for layer in model.layers:
             layer.compile()
-    # DDP warns if every weight had a gradient in the first step; in a later step some may not.
+    # DDP warns that the option is needless if all weights have gradients in the first step; later some may not.
     warnings.filterwarnings("ignore", message=r"find_unused_parameters=True was specified")
     batch_loss = BatchLoss(model, loss_fn)
     structure = None
@@ -108,10 +116,10 @@ def prepare_training(
 
 
 def has_unused_parameters(model: TransformerLM, loss_fn: LossFunction) -> bool:
-    """Whether a sample may leave a trained parameter without gradient, which DDP has to be told: it costs time.
+    """Return whether some sample gives a trained parameter no gradient, so that DDP must look for unused parameters.
 
-    A sample of one segment from an empty memory uses the fewest: nothing reads what parameters that only write have
-    written.
+    Tried with one segment and an empty memory, which uses the fewest parameters: no later segment reads what the
+    parameters of memory writes have written. DDP's search costs time, so it is only enabled if needed.
     """
     ids, was_training = torch.zeros(1, 2, dtype=torch.int64), model.training
     sample = Batch(ids, F.pad(ids, (0, 1)), None, torch.ones(1, dtype=torch.bool), num_targets=2)
@@ -125,12 +133,12 @@ def has_unused_parameters(model: TransformerLM, loss_fn: LossFunction) -> bool:
 def shard_weights(
     root: nn.Module, model: TransformerLM, device: torch.device, precision: str, processes: Processes
 ) -> dict[str, Any]:
-    """Shard the weights over the processes layer by layer, by FSDP2's `fully_shard`; returns the model's structure.
+    """Shard the weights over the processes, layer by layer, with FSDP2's `fully_shard`; return the model's structure.
 
-    The model is laid out on `meta`; then every process takes its share of the main process's weights, which until then
-    stay on the host. A layer's weights are gathered when it runs and freed after it (see `choose_policy`). Embedding,
-    head and whatever else is outside the layers belong to the root, which gathers them in float32 for the whole step:
-    the fused loss reads the head's weights directly.
+    The model is moved to `meta`; then each process receives its shard of the main process's weights, which stay on the
+    host until then. A layer's weights are gathered when it runs and freed afterwards (see `choose_policy`). All weights
+    outside the layers, such as embedding and head, belong to the root, which gathers them in float32 for the whole
+    step, because the fused loss reads the head's weights directly.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -140,10 +148,10 @@ def shard_weights(
         raise UserError(f"train.sharding fsdp: {scalars[0]} is a scalar, which can't be sharded; use ddp")
     if model.tie_word_embeddings:
         raise UserError("train.sharding fsdp: tied embeddings can't be sharded; use ddp, or tie_word_embeddings false")
-    structure = describe_model(model)  # now: sharding changes the layers' classes
+    structure = describe_model(model)  # before sharding, which changes the layers' classes
     weights = model.state_dict() if processes.is_main else {}
     model.to("meta")
-    # The warning is about in-place changes of views; memories are views, but are never changed in place.
+    # The warning is about changing views in place; memories are views, but are never changed in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (processes.count,))
     policy = choose_policy(precision, device)
@@ -156,10 +164,11 @@ def shard_weights(
 
 
 def choose_policy(precision: str, device: torch.device) -> Any:
-    """In which dtypes a layer's weights are gathered and their gradients summed over the processes.
+    """Choose the dtypes in which a layer's weights are gathered and their gradients are reduced.
 
-    With precision bf16 a GPU gathers weights in bfloat16; a CPU does not, whose LayerNorm takes weights in its input's
-    dtype alone. Gradients are summed in float32. Hidden states are not cast: the sums that layers add to stay float32.
+    With precision bf16, weights are gathered in bfloat16 on a GPU, but not on a CPU, whose LayerNorm requires weights
+    of its input's dtype. Gradients are reduced in float32. Hidden states are not cast, so that the residual stream
+    stays float32.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -168,10 +177,10 @@ def choose_policy(precision: str, device: torch.device) -> Any:
 
 
 def gather_model(model: TransformerLM, structure: dict[str, Any] | None, *, on_host: bool = False) -> TransformerLM:
-    """The model with all its weights: a copy, of the structure that `shard_weights` returned, if it is sharded.
+    """Return the model with all its weights: itself, or an unsharded copy of this `structure` (see `shard_weights`).
 
-    All processes call this. `on_host`: the copy lies on the main process's CPU, and no device holds more than one whole
-    tensor at a time; on the other processes it has no weights.
+    All processes must call this. With `on_host` the copy is on the main process's CPU and has no weights on the other
+    processes; no device holds more than one whole tensor at a time.
     """
     if structure is None:
         return model
@@ -186,10 +195,10 @@ def gather_model(model: TransformerLM, structure: dict[str, Any] | None, *, on_h
 
 
 class ShardedModel:
-    """A sharded model as a measure reads it (`LanguageModel`): as the model is, but its weights stay divided.
+    """A sharded model as a `LanguageModel`, for measures to read without gathering all weights at once.
 
-    Each call gathers the weights layer by layer, which all processes must do together. So a process that has come to
-    the end of its documents, where it leaves `fresh_memory`, reads one token again and again until all others have.
+    Each call gathers the weights layer by layer, which all processes must do together. So a process that has finished
+    its documents and leaves `fresh_memory` keeps reading a dummy token until all others have finished.
     """
 
     def __init__(self, prepared: PreparedTraining, model: TransformerLM, processes: Processes) -> None:
@@ -205,22 +214,22 @@ class ShardedModel:
 
     @contextmanager
     def fresh_memory(self, batch_size: int | None = None) -> Iterator[None]:
-        """An empty memory inside the context; at its end, wait for all processes to come to theirs."""
+        """Use an empty memory inside the block; at its end, wait for all processes."""
         with self.model.fresh_memory(batch_size):
             yield
         token = torch.zeros(1, 1, dtype=torch.int64, device=next(self.parameters()).device)
         with self.model.fresh_memory():
-            while self.processes.any(False):  # which says that the others still read
+            while self.processes.any(False):  # True while others still call `token_losses`
                 self._read(token, F.pad(token, (0, 1)))
         cast("FSDPModule", self.batch_loss).reshard()  # the root, which stays gathered between calls
 
     def token_losses(self, input_ids: Tensor, labels: Tensor, *args: Any, **options: Any) -> Tensor:
-        """Loss in nats of the token after each position, [B, T]."""
+        """Return the loss in nats of the token after each position, [B, T]."""
         self.processes.any(True)
         return self._read(input_ids, labels, *args, **options)
 
     def _read(self, *args: Any, **options: Any) -> Tensor:
-        # What is gathered here serves the next step's gradients, too, for which inference tensors are no good.
+        # Weights gathered here are reused by the next training step, and autograd can't use inference tensors.
         with torch.inference_mode(False), torch.no_grad():
             return self.batch_loss.token_losses(*args, **options)
 
@@ -229,8 +238,11 @@ class ShardedModel:
 
 
 def group_parameters(model: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
-    """Three groups: weight matrices (decayed); norms, biases and expansion gates (not decayed); memory gates, bank
-    weights and the α of adapters (not decayed, with a learning rate of their own).
+    """Group the trainable parameters by weight decay and learning rate.
+
+    - decayed: weight matrices.
+    - undecayed: norms, biases, and the matrices of `Layer.undecayed_parameters` (e.g. expansion gates).
+    - gates: memory gates, bank weights and the α of adapters; no decay, and their own learning rate.
     """
     layers = [module for module in model.modules() if isinstance(module, Layer)]
     gates = {id(parameter) for layer in layers for parameter in layer.gate_parameters()}
@@ -267,10 +279,13 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
 def make_schedule(
     config: TrainConfig, steps_per_epoch: int, read_progress: Callable[[], float] | None = None
 ) -> Callable[[int], float]:
-    """Share of the peak learning rate at a step: a linear rise, then a half cosine down to `min_lr_ratio`.
+    """Return a function from the step to a factor of the peak learning rate: linear warm-up, then cosine decay.
+
+    f(s) = (s + 1) / W for the W warm-up steps, then r + (1 − r) (1 + cos πp) / 2 with r = `min_lr_ratio` and p from 0
+    to 1.
 
     Args:
-        read_progress: the share of the training that is done by now, which the cosine follows; None: by its steps.
+        read_progress: returns p, the share of the training that is done; None: the share of the steps after warm-up.
     """
     warmup_steps = max(1, round(config.warmup_fraction * steps_per_epoch))
     total_steps = steps_per_epoch * config.num_epochs
@@ -291,9 +306,9 @@ def make_schedule(
 def prefetch_batches(
     plan: BatchPlan | JoinedPlan, first: int, num_ahead: int, *, pin: bool
 ) -> Iterator[Iterator[Batch]]:
-    """Inside the block: an iterator over the plan's batches from `first` on; a thread makes `num_ahead` of them ahead.
+    """Open an iterator over the plan's batches from `first` on; a thread prepares `num_ahead` batches in advance.
 
-    With `pin` their tensors are in page-locked memory, from which a GPU copies while it computes.
+    `pin` puts their tensors into page-locked memory, which a GPU can copy asynchronously.
     """
 
     def make(number: int) -> Batch:
