@@ -184,12 +184,12 @@ def test_a_measure_with_faults_costs_only_itself(capsys):
     assert cut["not_measured"]["raises"].endswith("(in your own code: faulty.py, line 8)")
     for model in (whole, cut):
         assert "Tensor is not JSON serializable" in model["not_measured"]["tensors"]
-        assert "type float in place of a dictionary" in model["not_measured"]["number"]
+        assert "returned a float instead of a dictionary" in model["not_measured"]["number"]
         assert model["evaluation"]["unreadable"] == {"mean": 1.0}
     assert "columns of unreadable are left out: KeyError: &#39;maen&#39;" in Path("runs/mine/report.html").read_text()
     capsys.readouterr()
     said = refuse(capsys, *TINY.split(), "--name", "b", "--eval.measures", "faulty:Nameless")
-    assert "faulty:Nameless: a measure has a name, a title, and a method run" in said
+    assert "faulty:Nameless: a measure needs a name, a title and a method run" in said
 
 
 def test_a_measure_stands_in_results_console_and_report_where_the_user_names_it(capsys):

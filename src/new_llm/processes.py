@@ -48,9 +48,8 @@ class Processes:
     Attributes:
         rank: 0 is the main process, the only one that writes files.
         count: the world size.
-        local_rank: rank on this machine.
         group: the gloo group for messages; None in a single process.
-        store: the key-value store through which processes report failures; None in a single process.
+        store: the key-value store through which processes report failures, if any.
     """
 
     rank: int = 0
@@ -65,11 +64,7 @@ class Processes:
         return self.rank == 0
 
     def place(self, device: torch.device) -> torch.device:
-        """Return this process's own device: cuda:local_rank, or cuda:0 where the launcher shows each process one GPU.
-
-        Raises:
-            UserError: two processes would share one GPU.
-        """
+        """Return this process's own GPU, by its local rank or, if it sees only one, that; two can't share one."""
         if device.type != "cuda" or self.count == 1:
             return device
         own = torch.device("cuda", self.local_rank if self.local_rank < torch.cuda.device_count() else 0)

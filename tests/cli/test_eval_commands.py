@@ -161,7 +161,7 @@ def test_recall_writes_its_charts(run, capsys):
     assert places == [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1)]
     assert "<svg" in (run.parent / "out.svg").read_text()
     printed = " ".join(capsys.readouterr().out.split())
-    for words in ("pass keys: greedy exact match", "a guess is right in 25.0%", "12 of 12 texts"):
+    for words in ("pass keys: greedy exact match", "a random guess is right in 25.0%", "12 of 12 texts"):
         assert words in printed
 
 
@@ -221,7 +221,9 @@ def test_pairs_drawn_for_each_relation(known_run, capsys):
     assert (record["text"]["num_pairs"], record["text"]["num_own"], record["text"]["num_trained"]) == (20, 20, 240)
     assert (record["settings"]["seed"], record["settings"]["pairs_per_relation"]) == (3, 2)
     shown = capsys.readouterr().out
-    assert all(words in shown for words in ("90% intervals of 200", "20 pairs in 10 relations", "Training held 240"))
+    assert all(
+        words in shown for words in ("90% intervals from 200", "20 pairs in 10 relations", "contained 240 sentences")
+    )
 
 
 def test_pairs_of_a_file(known_run, tmp_path, capsys):
@@ -265,7 +267,7 @@ def test_a_run_is_examined_with_its_own_data(known_run, capsys):
     assert (record["kind"], record["settings"]["segment_tokens"]) == ("doctor", 8)
     assert record["text"]["source"].startswith("validation documents of")
     reversal = next(finding for finding in record["result"]["findings"] if finding["check"] == "reversal")
-    assert reversal["found"].startswith("all 240 pairs are forward in training")
+    assert reversal["found"].startswith("all 240 forward sentences are in training")
     shown = capsys.readouterr().out
     assert "to do: " in shown
     assert "no fault was found" in shown

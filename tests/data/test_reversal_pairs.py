@@ -123,7 +123,7 @@ HEADER = ",".join(SENTENCE_FIELDS)
     ("name", "content", "message"),
     [
         ("p.txt", "x", r"p\.txt: unknown extension; pairs are read from \.csv and \.jsonl files"),
-        ("p.csv", "", r"p\.csv: holds no pair; a pair's fields are relation, forward_prompt"),
+        ("p.csv", "", r"p\.csv: contains no pairs; a pair's fields are relation, forward_prompt"),
         ("p.csv", f"{HEADER},more\nr,a,b,c,d,e\n", "line 2: unknown key 'more'; a pair's fields are relation"),
         ("p.csv", "relation,subject,object\nr,a,b\n", r"line 2: forward_prompt is missing; forward_answer is missing"),
         ("p.csv", f"{','.join(TEMPLATE_FIELDS)},kin\nr,a,b,c,d,e\n", "line 2: unknown key 'kin'"),

@@ -249,18 +249,18 @@ miscount = written(num_tokens=lambda m: m.num_tokens + 1)
         (look_into_later_segments, "infini", "tuned", "causality", "logits before changed token"),
         (mix_rows, "infini", None, "rows", "alone and in a batch"),
         (mix_memories, "infini", "tuned", "rows", "of a padded row"),
-        (shift_labels_twice, "infini", None, "labels", "from those of the next token"),
+        (shift_labels_twice, "infini", None, "labels", "from the next token's"),
         (write_in("forward"), "infini", None, "evaluation", "memory was changed by a call"),
         (write_in("token_losses"), "infini", None, "evaluation", "memory was changed by token_losses"),
         (forget_the_mode, "infini", None, "evaluation", "mode was changed by sliding-window perplexity"),
-        (always_drop, "infini", None, "modes", "random in evaluation"),
+        (always_drop, "infini", None, "modes", "evaluation is random"),
         (drop_in_training, "infini", None, "modes", "training mode changes logits"),
-        (scale_by_tokens, "infini", None, "memory", "M and z have different scales"),
-        (scale_by_tokens, "hierarchical", "tuned", "memory", "M and z have different scales"),
+        (scale_by_tokens, "infini", None, "memory", "M and z are in different scales"),
+        (scale_by_tokens, "hierarchical", "tuned", "memory", "M and z are in different scales"),
         (overflow, "token_memory", None, "memory", "not finite"),
         (miscount, "multi_memory", None, "memory", "counts"),
-        (weaken_steps, "infini", None, "calls", "depend on how the text is cut"),
-        (drop_the_prompt, "infini", None, "generation", "not that of the trained model"),
+        (weaken_steps, "infini", None, "calls", "depend on how the text is split"),
+        (drop_the_prompt, "infini", None, "generation", "does not use the trained model"),
         (break_a_weight, "pythia", None, "weights", "embed_out"),
         (put_gates_back, "multi_memory", "tuned", "gates", "gates have not moved"),
         (put_gates_back, "token_memory", None, "gates", "gates have not moved"),
@@ -324,8 +324,8 @@ def test_healthy_data(order):
 @pytest.mark.parametrize(
     ("change", "order", "words"),
     [
-        (lambda batch: {"labels": batch.labels.roll(-1, 1)}, "stream", "shifts labels"),
-        (lambda batch: {"labels": batch.labels.clamp_min(0)}, "shuffled", "not the token at their place"),
+        (lambda batch: {"labels": batch.labels.roll(-1, 1)}, "stream", "shifts the labels"),
+        (lambda batch: {"labels": batch.labels.clamp_min(0)}, "shuffled", "differ from the token at their position"),
         (lambda batch: {"resets": batch.resets & False}, "stream", "without a reset"),
         (lambda batch: {"resets": batch.resets & (batch.input_ids.shape[1] > 8)}, "shuffled", "without a reset"),
     ],
@@ -362,7 +362,7 @@ def test_faults_of_texts(changes, level, check, words, monkeypatch):
 def test_part_of_a_validation_document_in_training():
     report = examine_data(make_data(train=[*TEXTS[:-3], TEXTS[-3] + " " + TEXTS[-1][700:1700]]))
     check_only(report, "fault", "spans", "validation spans of 50 tokens")
-    share, quoted = re.search(r"\(([\d.]+)%.*such as .(.{20})", report["spans"].found).groups()
+    share, quoted = re.search(r"\(([\d.]+)%.*e\.g\. .(.{20})", report["spans"].found).groups()
     assert quoted in " ".join(TEXTS[-1].split())
     assert 5 < float(share) < 50
 

@@ -155,5 +155,5 @@ def test_baselines_score_the_same_tokens():
     assert told == sorted(told)
     assert told[-1] == (4 * result["num_planned"], 4 * result["num_planned"])
     assert result["is_complete"]
-    with pytest.raises(ValueError, match="names must differ"):
+    with pytest.raises(ValueError, match="names must be distinct"):
         measure(model, hooks={"baselines": [Baseline("reset", other)]})

@@ -183,7 +183,7 @@ def test_unigram_perplexity():
 @pytest.mark.parametrize(
     ("perplexity", "level", "range_", "text"),
     [
-        (4.99, "abnormal", "< 5", "the model sees what it is to predict"),
+        (4.99, "abnormal", "< 5", "the model sees the tokens it should predict"),
         (5, "suspicious", "5–30", "overfit, or trained on this text"),
         (30, "normal", "30–100", "normal for small data: train on more text to lower it"),
         (100, "normal", "100–500", "normal for a model trained from scratch: train longer to lower it"),

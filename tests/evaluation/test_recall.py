@@ -237,5 +237,5 @@ def test_a_memory_that_files_what_followed_has_a_reversal_curse_of_its_own():
     assert sum(result["places"]["memory"]["backward"]["first"]) <= 6
     hits, control = ReversalCurse().contrasts(result)["memory, forward, exact − nothing read"]
     assert (hits.total_nll.sum(), control.total_nll.sum()) == (11, 0)
-    with pytest.raises(UserError, match="2 facts and a question take 111 tokens, a segment has 64"):
+    with pytest.raises(UserError, match="2 facts and a question take 111 tokens, but a segment has 64"):
         ask_backward(Copier(segment_length=64))

@@ -188,7 +188,7 @@ def test_passages_are_shaded_and_their_text_is_text(results):
     results["models"][1]["evaluation"]["passages"] = found
     page = show(results)
     for words in (
-        *("helped by 1.5 nats: document 3, segment 5", "+1.50 nats", "half of what it helped falls on 5.0% of them"),
+        *("helped by 1.5 nats: document 3, segment 5", "+1.50 nats", "5.0% of them account for half of its help"),
         'style="--share:0.75">&lt;script&gt;<span class="tip"',
         *("…&lt;i&gt;", "…&lt;u&gt;</p>", "<b>memories read</b> 2: 75%, 1: 25%"),
         *("continued: document 2, from segment 10", "<dt>with the memory</dt><dd>&lt;s&gt;</dd>"),

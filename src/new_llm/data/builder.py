@@ -313,10 +313,7 @@ def split_documents(
 
 
 def cut_texts(texts: list[str], min_documents: int) -> list[str]:
-    """Cut a few texts into about 2 · min_documents parts in all, of LEAST_PART_CHARACTERS or more if possible.
-
-    A single text is always cut into at least two.
-    """
+    """Cut a few texts into about 2 · min_documents parts of LEAST_PART_CHARACTERS or more; a single one into ≥ 2."""
     part = max(sum(map(len, texts)) / (2 * min_documents), LEAST_PART_CHARACTERS)
     least = 2 if len(texts) == 1 else 1
     return [piece for text in texts for piece in cut_text(text, max(round(len(text) / part), least))]

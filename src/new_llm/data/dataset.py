@@ -9,7 +9,7 @@ place when complete:
       train.num_bytes.npy  UTF-8 bytes of each document's text
       train.num_words.npy  words of each document's text
       validation.*         the same for validation
-      meta.json            `Builder.build`'s notes
+      meta.json            what `Builder.build` returned
       manifest.json        size and sha256 of these files, checked whenever the cache is read
 .<key>.work/               intermediate files of an interrupted build, where the next build resumes
 """

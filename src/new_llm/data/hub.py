@@ -26,7 +26,7 @@ def hub_endpoint() -> str:
 
 
 def hub_answers(path: str, timeout_seconds: float) -> bool:
-    """Return whether the hub answers in time, also for this path; False if HF_HUB_OFFLINE or the like is set.
+    """Return whether the hub answers in time, at its root and at this path; False if HF_HUB_OFFLINE or the like is set.
 
     Any status below 500 counts as an answer, so that a missing or gated file gets the library's own error message. Each
     address is probed once per process.
@@ -97,7 +97,7 @@ def read_hub_dataset(
             records: Any = datasets.load_dataset(name, subset, split=split, streaming=streaming and reachable)
         for record in records:
             yield dict(record)
-    except Exception as error:  # datasets raises whatever its many parts raise
+    except Exception as error:  # datasets can raise almost anything
         if not reachable:
             raise HubError(f"{wanted} is not cached here and the hub at {hub_endpoint()} is out of reach") from None
         raise HubError(f"{wanted} could not be loaded: {describe_failure(error)}") from None

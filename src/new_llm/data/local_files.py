@@ -39,7 +39,7 @@ class BadRows:
     def report(self, message: str) -> None:
         """Count a bad record, or raise a `UserError` unless such records are skipped."""
         if not self._skip:
-            raise UserError(f"{message} (set data.on_bad_row: skip to skip such rows)")
+            raise UserError(f"{message} (data.on_bad_row: skip would skip such rows)")
         self._first = self._first or message
         self._count += 1
 
@@ -74,11 +74,8 @@ def read_file(
 ) -> Iterator[Document]:
     """Yield the documents (name, text) of one file, except blank ones.
 
-    Args:
-        text_field: the field of a JSON or Parquet record that holds the text.
-        whole: read the file as one document, even if its format has articles.
-        max_bytes: the most bytes that a line or document may have.
-        bad_rows: receives records without text; None: they raise a `UserError`.
+    `whole` reads the file as one document, even if its format has articles. `max_bytes` limits lines and documents.
+    Records without text are reported to `bad_rows`; None: they raise a `UserError`.
 
     Raises:
         UserError: the file can't be read, is corrupt or too large, or has records but is to be read whole.

@@ -69,10 +69,8 @@ def draw_needle(
 ) -> Needle:
     """Draw a sentence to hide, with its question and candidate answers.
 
-    Args:
-        num_candidates: at most as many as a relation has values, and at least two for a changed fact.
-        name: the person the fact is about; None: draw one of the part's names.
-        among: the relations to draw from, by index.
+    `num_candidates` is at most the number of a relation's values, and at least two for a changed fact. `name` is the
+    person the fact is about (None: draw one of the part's names), and `among` are the relations to draw from, by index.
     """
     if task == "passkey":
         keys = dict[int, None]()  # a dict keeps the order
@@ -240,8 +238,8 @@ class WordPieces:
         self._next = np.flatnonzero(self._is_next & [text.islower() for text in self._texts])
         if not len(self._first) or not len(self._next):
             raise UserError(
-                "data.planted_made_up: set it to 0, because the tokenizer has no entry that begins a word, or none "
-                "that continues one"
+                "data.planted_made_up: the tokenizer has no entry that begins a word, or none that continues one; "
+                "set it to 0"
             )
 
     def draw_person(self, generator: np.random.Generator) -> str:
@@ -299,19 +297,16 @@ class SamplePlanter:
         self._borders = SentenceBorders(tokenizer)
         if not self._borders.can_stand:
             raise UserError(
-                "data.planted_facts: facts can't be planted, because the tokenizer has no entry that ends a sentence, "
-                "or none that begins with white space"
+                "data.planted_facts: the tokenizer has no entry that ends a sentence, or none that begins with white "
+                "space, so facts can't be planted"
             )
         self._pieces = WordPieces(tokenizer) if config.planted_made_up else None
 
     def plant(self, tokens: NDArray[np.int64], epoch: int, begin: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Plant facts into a sample, [N].
+        """Plant facts into a sample, [N]. The seed, the epoch and the sample's offset `begin` determine all choices.
 
-        All choices depend only on the seed, the epoch and `begin`, the sample's offset in its split.
-
-        Returns:
-            The sample with its facts inserted and cut to N tokens; and a mask [N] of the answers, the tokens after a
-            fact's last question, which are predictable from an earlier statement.
+        Returns the sample with its facts inserted, cut to N tokens; and a mask [N] of the answers, the tokens after a
+        fact's last question, which are predictable from an earlier statement.
         """
         config, length = self._config, len(tokens)
         generator = np.random.default_rng([self._seed, PLANT_STREAM, epoch, begin])

@@ -99,7 +99,7 @@ def read_reversal_pairs(path: Path) -> list[ReversalPair]:
         lines[identity] = number
         pairs.append(pair)
     if not pairs:
-        raise UserError(f"{path}: holds no pair; a pair's fields are {ALLOWED}")
+        raise UserError(f"{path}: contains no pairs; a pair's fields are {ALLOWED}")
     return pairs
 
 

@@ -56,7 +56,7 @@ class Source:
     read_all: Callable[[BadRows], Iterable[str | Document]]
     is_hub: bool = False
     read_whole: bool = False
-    """Always read all of it: the source is small and sorted by time, so reading only its beginning would bias it."""
+    """Read all of it, even if few samples are needed: it is small, and its beginning may not be representative."""
     max_characters: int | None = None
     """An upper bound on its size; None: unknown before it is read."""
     notes: tuple[str, ...] = ()

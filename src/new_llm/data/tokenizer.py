@@ -135,10 +135,7 @@ def padded_vocab_size(tokenizer: Tokenizer) -> int:
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, what: str) -> None:
-    """Reject a tokenizer whose ids exceed a model's vocabulary.
-
-    `what` is the beginning of the error message up to "knows up to", with {} where the tokenizer's largest id belongs.
-    """
+    """Reject a tokenizer with ids that exceed a vocabulary. `what` begins the message, with {} for the largest id."""
     if (count := count_ids(tokenizer)) > vocab_size:
         raise UserError(f"{what.format(count - 1)} knows up to {vocab_size - 1}")
 

@@ -1,4 +1,4 @@
-"""Measurements of a trained model: perplexity, the reversal curse, and what a reading most likely means."""
+"""Measures of trained models: perplexity, memory on long documents, recall, the reversal curse and others."""
 
 from new_llm.evaluation.caches import Caches, tune_cache
 from new_llm.evaluation.language_models import CachedModel, HuggingFaceLM

@@ -1,8 +1,8 @@
-"""What caches that cost no training add to a model: the baseline that a trained memory has to beat.
+"""What untrained caches add to a model: the baseline that a trained memory has to beat.
 
-Documents are read once. Of each token the probabilities by the model, by its last states and by the text's n-grams are
-kept, and all mixtures are made of them afterwards. θ and the weights of a mixture are tuned on every other document and
-applied to the rest, and the other way round: so every document is measured with settings that other documents gave.
+Each document is read once. For each token the probabilities under the model, its last states and the text's n-grams are
+stored, and all mixtures are computed from them afterwards. θ and the mixture weights are tuned on every other document
+and applied to the rest, and vice versa, so that every document is measured with settings tuned on other documents.
 """
 
 import contextlib
@@ -38,22 +38,22 @@ from new_llm.models.cache import (
 
 BARE = "bare"
 REPETITION = ("new tokens", "tokens seen before", "repeated bigrams", "repeated trigrams")
-"""What a token of a text is, by the longest n-gram that ends in it and stands in the text before."""
+"""Kinds of tokens, by the length of the longest n-gram that ends in the token and occurred earlier in the text."""
 TEXT_CACHES = ("grams", "match")
-"""Ends of the names of caches that keep nothing but the text; the last of them knows all exact repetition."""
+"""Name endings of the caches that store nothing but the text. The last such cache covers the most exact repetition."""
 TUNING_TOKENS = 50_000
-"""Tokens by which θ and weights are tuned at most: for so few numbers more make no difference."""
+"""The most tokens used to tune θ and the weights; for so few parameters, more make no difference."""
 
 
 class Parts(NamedTuple):
-    """What a document's tokens were expected to be; NaN where a component knows nothing.
+    """The probabilities of a document's T tokens under each component; NaN where a component makes no prediction.
 
     Attributes:
-        losses: the model's own, [T].
-        states: by the states, for each N and each θ, [T, N, Θ].
-        ngrams: by unigrams and longer n-grams of the text, [T, n].
-        matches: by the longest match, [T]; None: not asked for.
-        contexts: of `rank_context` for the longest match, [T].
+        losses: the model's losses, [T].
+        states: under the state cache, for each number of states and each θ, [T, N, Θ].
+        ngrams: under the text's unigrams to n-grams, [T, n].
+        matches: under the longest match, [T]; None if it is not enabled.
+        contexts: `rank_context` for the longest match, [T].
     """
 
     losses: NDArray[np.float64]
@@ -63,7 +63,7 @@ class Parts(NamedTuple):
     contexts: NDArray[np.int64] | None
 
     def select(self, config: CacheConfig, sizes: Sequence[int], theta: int) -> Scored:
-        """What a cache knows, by the place of its θ."""
+        """Select the components of one cache, with θ given by its index."""
         found, contexts = np.full((len(self.losses), len(COMPONENTS)), np.nan), np.zeros(len(self.losses), np.int64)
         found[:, 0] = np.exp(-self.losses)
         if config.num_states:
@@ -79,7 +79,7 @@ class Parts(NamedTuple):
 
 
 class Tuned(NamedTuple):
-    """Settings of a mixture, tuned on this many tokens of other text."""
+    """The settings of a mixture, tuned on `num_tokens` tokens of other text."""
 
     theta: float
     weights: list[list[float]]
@@ -93,7 +93,7 @@ def read_parts(
     *,
     autocast: Autocast = contextlib.nullcontext,
 ) -> Parts:
-    """Read a document as a stream, from an empty memory; what its tokens were expected to be."""
+    """Read a document as a stream, from an empty memory, and return its tokens' probabilities."""
     ids = torch.from_numpy(tokens.astype(np.int64)).to(find_device(model))
     hidden: list[torch.Tensor] = []
     losses: list[torch.Tensor] = []
@@ -114,9 +114,9 @@ def read_parts(
 
 
 def tune(parts: Sequence[Parts], settings: CacheMeasureConfig, config: CacheConfig) -> Tuned:
-    """The θ among those given, and its weights by EM, that make some documents most probable.
+    """Find the θ of the grid and the weights (by expectation maximization) under which documents are most probable.
 
-    Of more than TUNING_TOKENS tokens, evenly spread ones are used.
+    If there are more than TUNING_TOKENS tokens, a regular subsample is used.
     """
     stride = -(-sum(len(one.losses) for one in parts) // TUNING_TOKENS)
     found: list[tuple[float, Tuned]] = []
@@ -132,7 +132,7 @@ def tune(parts: Sequence[Parts], settings: CacheMeasureConfig, config: CacheConf
 def cross_tune(
     parts: Sequence[Parts], settings: CacheMeasureConfig, config: CacheConfig
 ) -> tuple[list[Tuned], list[NDArray[np.float64]]]:
-    """Settings for either half of the documents from the other one, and each document's losses with them."""
+    """Tune settings for each half of the documents on the other half; return them and each document's losses."""
     tuned = [tune(parts[1 - half :: 2], settings, config) for half in range(2)]
     losses: list[NDArray[np.float64]] = []
     for place, found in enumerate(parts):
@@ -150,7 +150,7 @@ def tune_cache(
     *,
     autocast: Autocast = contextlib.nullcontext,
 ) -> CacheConfig:
-    """A cache with θ and weights that make some documents most probable; they must not be the ones to be measured."""
+    """Tune θ and the weights of a cache on some documents, which must not be those that it is measured on."""
     chosen = dataclasses.replace(
         settings or CacheMeasureConfig(),
         similarity=config.similarity,
@@ -166,27 +166,25 @@ def tune_cache(
 
 @register_measure
 class Caches(Measure):
-    """Long documents by the model alone and with caches that cost no training."""
+    """Perplexity of long documents, by the model alone and with untrained caches."""
 
     name = "caches"
     title = "with caches"
     can_stop = True
 
     def run(self, subject: Subject) -> dict[str, Any] | None:
-        """Perplexity of long documents by the model alone and with each cache; documents are read as streams.
+        """Measure the perplexity of long documents, read as streams, by the model alone and with each cache.
 
-        Of `subject.settings.max_tokens` the first long documents are scored, but two at least.
+        The first long documents are scored, up to `subject.settings.max_tokens` tokens, but at least two documents.
 
-        `caches`, the bare model first, have their `name`, `num_states` N, `ngram_order` (of the longest n-grams),
-        `longest_match`, `perplexity`, `bits_per_byte` (None where documents were cut short), the perplexity `relative`
-        to the bare model's − 1, paired by document, the `settings` that were tuned for each half of the documents on
-        the other half, and `size`, of `describe_cache`. `documents` have their index in the split, half, and by range
-        of distance, the ranges beginning at `range_starts`, tokens and total loss by cache; `repetition` has the same
-        by what a token repeats (`REPETITION`).
+        - `caches`, the bare model first: `name`, `num_states` N, `ngram_order`, `longest_match`, `perplexity`,
+          `bits_per_byte` (None if a document was cut short), `relative` (perplexity / bare perplexity − 1, paired by
+          document), `settings` (tuned for each half of the documents on the other half) and `size` (`describe_cache`).
+        - `documents`: `index` in the split, `half`, and tokens and total loss by cache in each range of distance (the
+          ranges begin at `range_starts`); `repetition` has the same by kind of token (see `REPETITION`).
 
-        Returns:
-            None for a model whose hidden states can't be had, and where fewer than two documents are long enough (or
-            were read): none could be tuned on another.
+        Returns None if the model does not expose its hidden states, or if fewer than two documents are long enough or
+        were read, since tuning needs another document.
         """
         model, split, settings = subject.model, subject.split, subject.settings.caches
         choice, max_tokens = subject.settings.long_documents, subject.settings.max_tokens
@@ -265,13 +263,15 @@ class Caches(Measure):
         }
 
     def columns(self, result: dict[str, Any]) -> list[Column]:
-        """The perplexity with the last cache, which holds all, and what it is worth against the bare model."""
+        """Return the perplexity with the last cache, the largest, and its relative difference from the bare model's."""
         last = result["caches"][-1]
         return [] if last["name"] == BARE else _describe_cache(last, "With caches")
 
     def losses(self, result: dict[str, Any]) -> dict[str, DocumentLosses]:
-        """The bare model's and those with each cache; of the bare model and the last `TEXT_CACHES` also on each kind
-        of tokens of `REPETITION`."""
+        """Return the losses of the bare model and with each cache.
+
+        For the bare model and the last of the `TEXT_CACHES`, also return them for each kind of token in `REPETITION`.
+        """
         documents = result["documents"]
         counts = [document["num_tokens"] for document in documents]
         found = {
@@ -288,26 +288,26 @@ class Caches(Measure):
         return found
 
     def tables(self, result: dict[str, Any]) -> list[Table]:
-        """The same of every cache."""
+        """Return the perplexities with every cache."""
         rows = [(one["name"], _describe_cache(one, "")) for one in result["caches"]]
         return [Table("With caches, each", rows, is_for_studies=True)]
 
     def charts(self, results: Sequence[ModelResult]) -> list[Chart]:
-        """A dot for each model and cache."""
+        """Draw a dot for each model and cache."""
         rows = [
             {"model": one.name, "cache": found["name"], **found["perplexity"]}
             for one in results
             for found in one.result["caches"]
         ]
         caption = (
-            "Perplexity of long documents by each model alone and with caches of the same text, which cost no "
-            "training. A memory knows more than repetition where it is ahead with the same caches."
+            "Perplexity of long documents by each model alone and with untrained caches of the same text. A memory "
+            "that is still ahead when both have the same caches knows more than repetition."
         )
         columns: dict[str, Any] = {"x": "cache", "y": "value", "series": "model", "low": "low", "high": "high"}
         return [bar_chart("caches", "With caches", caption, rows, **columns, y_title="perplexity", is_dotted=True)]
 
     def describe(self, result: dict[str, Any]) -> str:
-        """The bare model, and the cache that brings most."""
+        """State the bare model's perplexity and the best cache's."""
         bare, best = result["caches"][0], min(result["caches"], key=lambda one: one["perplexity"]["value"])
         opening = f"perplexity of {len(result['documents'])} long documents {bare['perplexity']['value']:,.2f}"
         if best is bare:
@@ -319,7 +319,7 @@ class Caches(Measure):
 
 
 def _describe_cache(found: dict[str, Any], group: str) -> list[Column]:
-    """A cache's columns: its own ones in a group, or those that all rows of a table share."""
+    """Make a cache's columns: in a group they bear its name; without one, the names shared by all rows of a table."""
     hint = describe_size(found["size"])
     shared: dict[str, Any] = {"better": "lower", "group": group}
     name = found["name"] if group else "perplexity"
@@ -330,7 +330,7 @@ def _describe_cache(found: dict[str, Any], group: str) -> list[Column]:
 
 
 def describe_size(size: dict[str, int]) -> str:
-    """What a cache stores, in words."""
+    """Describe how much a cache stores."""
     parts: list[str] = []
     if size["state_numbers"]:
         parts.append(f"{size['state_numbers']:,} numbers, {format_bytes(size['state_bytes'])}")

@@ -1,7 +1,7 @@
-"""Other models as a `LanguageModel`, so that every measurement reads them as it reads the project's own.
+"""Wrappers that make other models a `LanguageModel`, so that every measure can read them.
 
-`HuggingFaceLM` wraps any causal language model of transformers, which has no memory; `CachedModel` puts a cache of the
-text around either. Attention masks have their real tokens on the left.
+`HuggingFaceLM` wraps any causal language model of transformers, without memory; `CachedModel` adds a cache of the text
+to any model. In attention masks, the real tokens must be on the left.
 """
 
 import contextlib
@@ -19,12 +19,11 @@ from new_llm.models.transformer import SCORED_ROWS
 
 
 class HuggingFaceLM(nn.Module):
-    """Wraps a model of transformers for measurements. Longer calls are cut into segments, read alone.
+    """Wraps a transformers model for measurements. Longer inputs are cut into segments, each read independently.
 
     Args:
         model: an instance of one of transformers' `...ForCausalLM` classes.
-        segment_length: tokens of a segment in the streaming and independent protocols; None: the configuration's
-            max_position_embeddings.
+        segment_length: tokens per segment; None: max_position_embeddings of the model's configuration.
 
     Raises:
         ValueError: no segment length is given and the configuration has none.
@@ -35,7 +34,7 @@ class HuggingFaceLM(nn.Module):
         self.model = model
         length = segment_length or getattr(model.config, "max_position_embeddings", None)
         if length is None:
-            raise ValueError("segment_length: the model's configuration states no max_position_embeddings")
+            raise ValueError("segment_length is required: the model's configuration has no max_position_embeddings")
         self.segment_length = int(length)
 
     rows_can_share = True
@@ -48,7 +47,7 @@ class HuggingFaceLM(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, update_memory: bool = False
     ) -> Tensor:
-        """Logits, [B, T, Z]. There is no memory."""
+        """Return logits, [B, T, Z]; `update_memory` has no effect."""
         return torch.cat([logits for _, logits in self._read(input_ids, attention_mask)], dim=1)
 
     def token_losses(
@@ -59,7 +58,7 @@ class HuggingFaceLM(nn.Module):
         *,
         update_memory: bool = False,
     ) -> Tensor:
-        """Loss in nats of the token after each position, [B, T]; 0 where there is no target."""
+        """Return the loss in nats of the token after each position, [B, T]; 0 where there is no target."""
         targets = align_labels(labels, input_ids.shape[1])
         losses = [
             compute_token_losses(logits.flatten(0, 1), targets[:, piece].flatten()).view_as(targets[:, piece])
@@ -73,20 +72,20 @@ class HuggingFaceLM(nn.Module):
             mask = None if attention_mask is None else attention_mask[:, piece]
             yield piece, self.model(input_ids=input_ids[:, piece], attention_mask=mask, use_cache=False).logits
 
-    # What a cache around the model reads; the same names as a TransformerLM's
+    # The part of TransformerLM's interface that `CachedModel` uses
 
     @property
     def embed_out(self) -> nn.Module:
-        """The head."""
+        """The output head."""
         return self.model.get_output_embeddings()
 
     def compute_hidden(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, update_memory: bool = False
     ) -> Tensor:
-        """The input of the head, [B, T, D]; arguments as in `token_losses`.
+        """Return the head's input, [B, T, D]; arguments as in `token_losses`.
 
         Raises:
-            UserError: the model's logits are not simply its head's output.
+            UserError: the logits are not simply the head's output (e.g. they are scaled).
         """
         found, last = list[Tensor](), input_ids
         hook = self.embed_out.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
@@ -96,40 +95,41 @@ class HuggingFaceLM(nn.Module):
         finally:
             hook.remove()
         if not torch.allclose(self.embed_out(found[-1][:1, -1:]), last, rtol=1e-2, atol=1e-2):
-            raise UserError(f"{type(self.model).__name__}: its logits are not simply its head's: it takes no cache")
+            raise UserError(f"{type(self.model).__name__} can't use a cache: its logits are not just its head's output")
         return torch.cat(found, dim=1)
 
     def find_targets(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The token that each position predicts, [B, T]; -100: none."""
+        """Return the token that each position predicts, [B, T]; -100 for none."""
         return align_labels(labels, input_ids.shape[1])
 
     def score_passes(self, passes: list[Tensor], targets: Tensor) -> Tensor:
-        """The losses of the last hidden states, [B, T]."""
+        """Return the losses of the last pass's hidden states, [B, T]."""
         pieces = zip(passes[-1].flatten(0, 1).split(SCORED_ROWS), targets.flatten().split(SCORED_ROWS), strict=True)
         return torch.cat([compute_token_losses(self.embed_out(h), wanted) for h, wanted in pieces]).view_as(targets)
 
     @contextlib.contextmanager
     def fresh_memory(self, batch_size: int | None = None) -> Iterator[None]:
-        """Nothing to set aside."""
+        """Do nothing: there is no memory."""
         yield
 
     def reset_rows(self, rows: Tensor) -> None:
-        """Nothing to empty."""
+        """Do nothing: there is no memory."""
 
     def reset_memory(self, batch_size: int | None = None) -> None:
-        """Nothing to empty."""
+        """Do nothing: there is no memory."""
 
 
 def has_memory(model: Any) -> bool:
-    """Whether what a model has read in earlier calls can matter to it."""
+    """Return whether a model can carry information from one call to the next."""
     return not isinstance(model, HuggingFaceLM) and bool(getattr(model, "memory_layers", True))
 
 
 class CachedModel(nn.Module):
-    """A model and a cache of each row's text, mixed; the cache is carried, emptied and set aside with the memory.
+    """A model mixed with a cache of each row's text, which is carried, reset and set aside together with the memory.
 
     Args:
-        config: the cache. With nothing in it every loss is the model's own, bit for bit.
+        model: a `TransformerLM` or `HuggingFaceLM`.
+        config: the cache. If nothing in it is enabled, every loss is exactly the model's own.
     """
 
     def __init__(self, model: Any, config: CacheConfig) -> None:
@@ -140,7 +140,7 @@ class CachedModel(nn.Module):
 
     @property
     def segment_length(self) -> int:
-        """Tokens in a segment of the model."""
+        """Tokens per segment of the model."""
         return self.model.segment_length
 
     def token_losses(
@@ -151,12 +151,12 @@ class CachedModel(nn.Module):
         *,
         update_memory: bool = False,
     ) -> Tensor:
-        """Loss in nats of the token after each position, [B, T]; 0 where there is no target.
+        """Return the loss in nats of the token after each position, [B, T]; 0 where there is no target.
 
-        A token's loss rests on the text before it alone, also within the call.
+        A token's loss depends only on the text before it, also within a call.
 
         Raises:
-            ValueError: real tokens that are not on the left, or more rows than caches.
+            ValueError: real tokens are not on the left, or the number of rows differs from that of the held caches.
         """
         if not self.config.is_on:
             return self.model.token_losses(input_ids, labels, attention_mask, update_memory=update_memory)
@@ -175,7 +175,7 @@ class CachedModel(nn.Module):
         return losses
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logarithms of the mixture's probabilities, [B, T, Z]; nothing is kept."""
+        """Return the log-probabilities of the mixture, [B, T, Z]; memory and cache are not updated."""
         hidden = self.model.compute_hidden(input_ids, attention_mask)
         shares = self.model.embed_out(hidden).double().softmax(-1)
         if self.config.is_on:
@@ -187,7 +187,7 @@ class CachedModel(nn.Module):
 
     @contextlib.contextmanager
     def fresh_memory(self, batch_size: int | None = None) -> Iterator[None]:
-        """An empty memory and empty caches inside the block, those that were held afterwards."""
+        """Use an empty memory and empty caches inside the block; restore the held ones afterwards."""
         before = self.held
         try:
             with self.model.fresh_memory(batch_size):
@@ -203,12 +203,12 @@ class CachedModel(nn.Module):
         self.held = [TextCache(self.config) if is_reset else cache for cache, is_reset in held]
 
     def _open(self, input_ids: Tensor, attention_mask: Tensor | None, update: bool) -> list[tuple[TextCache, int]]:
-        """Each row's cache and number of real tokens."""
+        """Return each row's cache and number of real tokens."""
         lengths = [input_ids.shape[1]] * len(input_ids)
         if attention_mask is not None:
             mask = attention_mask.to(torch.bool)
             if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
-                raise ValueError("attention_mask: a cached model reads rows whose real tokens are on the left")
+                raise ValueError("attention_mask: a cached model needs the real tokens of each row on the left")
             lengths = mask.sum(1).tolist()
         caches = self.held
         if caches is None and not update:

@@ -1,12 +1,15 @@
-"""Does the memory help on long documents? The same weights on the same tokens, with three memories.
+"""Does the memory help on long documents? The same weights score the same tokens with three memories.
 
-carried: a document is read as a stream. reset: each of its segments is read from an empty memory. foreign: each of its
-segments is read with what another document's stream holds after as many segments. The first alone can know the
-document; the third tells whether it is this document's content that helps, or any memory that is not empty.
+- carried: the document is read as a stream.
+- reset: each segment is read from an empty memory.
+- foreign: each segment is read with the memory of another document's stream after as many segments.
 
-Documents are read in pairs that lend each other their memory. A row of the batch keeps the memory of one document.
-Before the row reads its next segment, its partner's segment of the same number is scored in it without being written:
-so the partner's tokens meet this document's memory, and no memory has to be moved from row to row.
+Only the carried memory can contain information about the document. The foreign memory shows whether its content helps,
+or whether any memory that is not empty would.
+
+Documents are read in pairs that lend each other their memories. Each row of the batch keeps one document's memory.
+Before a row reads its next segment, it scores its partner's segment of the same number without writing, so that no
+memory has to be moved between rows.
 """
 
 import time
@@ -41,7 +44,7 @@ CARRIED, RESET, FOREIGN = "carried", "reset", "foreign"
 
 
 class Piece(NamedTuple):
-    """A segment of a document and the token after it; document −1: nothing is left to read, and the row is empty."""
+    """A segment of a document, with the token after it; document −1 marks an empty row."""
 
     document: int
     begin: int
@@ -52,17 +55,17 @@ NOTHING = Piece(-1, 0, Row(np.zeros(0, np.int64), 0))
 
 
 class Pair(NamedTuple):
-    """Documents that are read side by side, a row of the batch each; of them the first `num_scored` are scored."""
+    """Documents to read side by side, one per row; only the first `num_scored` are scored."""
 
     members: tuple[int, ...]
     num_scored: int
 
 
 def plan_pairs(lengths: Sequence[int]) -> list[Pair]:
-    """Pair documents of like length, longest first, so that each lends the other its memory.
+    """Pair documents of similar length, longest first, to lend each other their memories.
 
-    Of an odd number the shortest is left over: it borrows from the second shortest, which is read once more for that.
-    One document alone stays alone.
+    If their number is odd, the shortest borrows from the second shortest, which is read a second time without being
+    scored. A single document has no partner.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     pairs = [Pair(members, 2) for members in zip(order[::2], order[1::2], strict=False)]
@@ -72,11 +75,11 @@ def plan_pairs(lengths: Sequence[int]) -> list[Pair]:
 
 
 def score_pairs(scorer: Scorer, segments_per_call: int) -> tuple[dict[str, list[Scores]], dict[int, int]]:
-    """Score documents segment by segment, with the memory carried, empty, and that of another document.
+    """Score documents segment by segment, with carried, empty and foreign memory.
 
     Returns:
-        Each call's scores by how the memory was (`FOREIGN` is missing for one document alone), and for each document
-        the one whose memory it borrowed.
+        The scores of all calls by way (without `FOREIGN` for a single document), and for each document the one whose
+        memory it borrowed.
     """
     pairs = plan_pairs([len(tokens) for tokens in scorer.documents])
     width = len(pairs[0].members)
@@ -84,7 +87,7 @@ def score_pairs(scorer: Scorer, segments_per_call: int) -> tuple[dict[str, list[
 
     def score(pieces: Sequence[Piece], *, update_memory: bool = False) -> Scores:
         rows = [piece.row for piece in pieces]
-        width = min(scorer.model.segment_length, max(len(row.tokens) for row in rows))  # a document's last token too
+        width = min(scorer.model.segment_length, max(len(row.tokens) for row in rows))  # also reads the last token
         losses = score_rows(scorer.model, rows, width=width, update_memory=update_memory)
         return join_rows((piece.document, piece.begin + 1, row) for piece, row in zip(pieces, losses, strict=True))
 
@@ -109,7 +112,7 @@ def score_pairs(scorer: Scorer, segments_per_call: int) -> tuple[dict[str, list[
 
 
 def _score_alone(scorer: Scorer, carried: Scores, segments_per_call: int) -> list[Scores]:
-    """The segments that have been read as a stream, each read from an empty memory; many fit a batch."""
+    """Score from an empty memory the segments that have been read as a stream, many per batch."""
     read = [tokens[:1] for tokens in scorer.documents]
     for document in np.unique(carried.documents):
         read[document] = scorer.documents[document][: carried.positions[carried.documents == document].max() + 1]
@@ -118,8 +121,9 @@ def _score_alone(scorer: Scorer, carried: Scores, segments_per_call: int) -> lis
 
 
 def _cut_pair(scorer: Scorer, pair: Pair, width: int) -> Iterator[list[Piece]]:
-    """A segment of each member at a time, until the scored ones have ended; one that has nothing to read is empty, and
-    leaves its memory as it is.
+    """Yield the pair's segments side by side, until the scored documents end.
+
+    A document that has ended before gets empty rows, which leave its memory unchanged.
     """
     length = scorer.model.segment_length
     longest = max(len(scorer.documents[member]) for member in pair.members[: pair.num_scored])
@@ -135,7 +139,7 @@ def _cut_pair(scorer: Scorer, pair: Pair, width: int) -> Iterator[list[Piece]]:
 def summarize_ranges(
     losses: Mapping[str, DocumentLosses], confidence: float
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The figures of all tokens, and of each range of distance that holds one, by the losses of each way."""
+    """Compute the figures over all tokens, and for each range of distance that has tokens."""
 
     def summarize(column: int | None, start: int | None, end: int | None) -> dict[str, Any]:
         ways = {name: one.select(column) for name, one in losses.items()}
@@ -161,7 +165,7 @@ def summarize_ranges(
 
 
 def describe_relative(found: Mapping[str, Any], confidence: float) -> str:
-    """A relative difference in words: 3.1 % [2.0, 4.2] lower."""
+    """Describe a relative difference: 3.1 % [2.0, 4.2] lower."""
     said = f"{format_size(**found)} {'lower' if found['value'] < 0 else 'higher'}"
     if found["low"] is None:
         return f"{said} (fewer than {MIN_DOCUMENTS} documents: no interval)"
@@ -170,34 +174,33 @@ def describe_relative(found: Mapping[str, Any], confidence: float) -> str:
 
 @register_measure
 class LongDocuments(Measure):
-    """Long documents with the memory carried, emptied, and another document's."""
+    """Perplexity of long documents with the memory carried, reset, and taken from another document."""
 
     name = "long"
     title = "long documents"
     can_stop = True
 
     def run(self, subject: Subject) -> dict[str, Any]:
-        """Perplexity by distance from the document's start, with the memory carried, reset and foreign; of a model
-        without memory, whose ways are one, carried alone.
+        """Measure perplexity by distance from the document's start, with the memory carried, reset and foreign.
 
-        The ways share batches and are compared in pairs, by document (`compare_models`). An interval's ends are None
-        where fewer than MIN_DOCUMENTS documents have a token in the range.
+        A model without memory is read once, as "carried". Ways are compared in pairs, by document (`compare_models`).
 
-        `overall`, and each of the `ranges` of distance that holds a token, has `start`, `end` (None: open),
-        `num_tokens` and `num_documents`; its `perplexity` by way (carried, reset, foreign where there are two
-        documents, and each baseline); and for each other way that has scored the same tokens the `differences`
-        carried − that way, in `nats` per token and `relative` perplexity, exp(nats) − 1. Each is a value with low and
-        high. `documents` holds what these are summed from: `index` in the split, `foreign_memory_of`, `num_tokens`
-        and `total_nll` (nats) by way and range, the ranges beginning at `range_starts`.
+        - `overall`, and `ranges`, a list with an entry for each range of distance that has tokens: `start`, `end`
+          (None: open), `num_tokens`, `num_documents`; `perplexity` by way (carried, reset, foreign if there are two
+          documents, and each baseline); `differences` carried − way, for each way that has scored the same tokens, in
+          `nats` per token and `relative` perplexity, exp(nats) − 1. Figures have value, low and high; low and high are
+          None if fewer than MIN_DOCUMENTS documents have tokens in the range.
+        - `documents`: `index` in the split, `foreign_memory_of`, and `num_tokens` and `total_nll` (nats) by way and
+          range; the ranges begin at `range_starts`.
 
         Raises:
             UserError: no document is long enough.
-            ValueError: two baselines have one name, or that of a way.
+            ValueError: baselines have duplicate names, or the name of a way.
         """
         settings, baselines, split = subject.settings.long_documents, subject.baselines, subject.split
         names = [CARRIED, RESET, FOREIGN, *(baseline.name for baseline in baselines)]
         if len(set(names)) < len(names):
-            raise ValueError(f"baselines: {names[3:]}: their names must differ, and none be one of {names[:3]}")
+            raise ValueError(f"baselines: {names[3:]}: names must be distinct and different from {names[:3]}")
         began = time.perf_counter()
         indices = split.find_long(settings.min_tokens)[: settings.max_documents].tolist()
         if not indices:
@@ -271,7 +274,7 @@ class LongDocuments(Measure):
         }
 
     def columns(self, result: dict[str, Any]) -> list[Column]:
-        """Perplexity with the memory carried, and what it is worth against each other way."""
+        """Return the perplexity with the memory carried, and its relative difference from each other way."""
         overall = result["overall"]
         shared: dict[str, Any] = {"better": "lower", "group": "Long documents"}
         return [
@@ -283,7 +286,7 @@ class LongDocuments(Measure):
         ]
 
     def losses(self, result: dict[str, Any]) -> dict[str, DocumentLosses]:
-        """The memory carried, and the other ways."""
+        """Return the losses with the memory carried first, then those of the other ways."""
         documents, starts = result["documents"], result["range_starts"]
         return {
             way: DocumentLosses.read(
@@ -295,7 +298,7 @@ class LongDocuments(Measure):
         }
 
     def tables(self, result: dict[str, Any]) -> list[Table]:
-        """A row per range of distance: perplexity each way, and the carried memory against each other way."""
+        """Return a row per range of distance: perplexity by way, and the carried memory against each other way."""
         rows: list[tuple[str, list[Column]]] = []
         for entry in (*result["ranges"], result["overall"]):
             name = "all" if entry is result["overall"] else name_range(entry)
@@ -312,16 +315,16 @@ class LongDocuments(Measure):
         return [Table("by distance from the document's start, in tokens", rows)]
 
     def notes(self, result: dict[str, Any]) -> list[str]:
-        """What is missing."""
+        """State what is missing from the result."""
         overall, notes = result["overall"]["perplexity"], []
         if RESET in overall and FOREIGN not in overall:
-            notes.append("one document alone: there is no other document's memory")
+            notes.append("a single document: there is no other document's memory")
         elif overall[CARRIED]["low"] is None:
             notes.append(f"{result['num_documents']} documents are too few for intervals over documents")
         return notes
 
     def charts(self, results: Sequence[ModelResult]) -> list[Chart]:
-        """Perplexity by distance by model, and by way for each model that has several; what each way is worth."""
+        """Draw perplexity by distance: for all models, by way for each model, and relative to each other way."""
         entries = [(one.name, name_range(entry), entry) for one in results for entry in one.result["ranges"]]
         columns: dict[str, Any] = {"x": "distance", "y": "value", "low": "low", "high": "high"}
         titles: dict[str, Any] = {"x_title": "tokens from the start", "y_title": "perplexity"}
@@ -329,7 +332,7 @@ class LongDocuments(Measure):
         rows: list[dict[str, Any]] = [
             {"model": model, "distance": distance, **entry["perplexity"][CARRIED]} for model, distance, entry in entries
         ]
-        caption = f"By distance from the document's start, each model's memory carried; {bands}"
+        caption = f"By distance from the document's start, with each model's memory carried; {bands}"
         charts = [line_chart("distance", title, caption, rows, **columns, **titles, series="model", view="all models")]
         for name in dict.fromkeys(one.name for one in results if len(one.result["overall"]["perplexity"]) > 1):
             rows = [
@@ -338,11 +341,11 @@ class LongDocuments(Measure):
                 if model == name
                 for way, found in entry["perplexity"].items()
             ]
-            caption = f"Where the line of the carried memory lies below the others, the memory helps; {bands}"
+            caption = f"The memory helps where the line of the carried memory is below the others; {bands}"
             charts.append(
                 line_chart(f"distance-{name}", title, caption, rows, **columns, **titles, series="way", view=name)
             )
-        caption = "Perplexity with the memory carried against the other way, on the same documents."
+        caption = "Perplexity with the memory carried relative to the other way, on the same documents."
         title = "What the memory is worth by distance"
         columns |= {"series": "model", "y_format": "+.1%", "reference": 0.0}
         for way in (RESET, FOREIGN):
@@ -357,7 +360,7 @@ class LongDocuments(Measure):
         return charts
 
     def describe(self, result: dict[str, Any]) -> str:
-        """What the memory is worth: carried against reset, and against another document's."""
+        """State how the carried memory compares with an empty one and with another document's."""
         overall = result["overall"]
         parts = [
             f"{describe_relative(overall['differences'][way]['relative'], result['confidence'])} than with {words}"

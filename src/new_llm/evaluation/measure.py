@@ -1,9 +1,9 @@
-"""What a measure is. One file per measure: what it scores, its result, its columns in the tables, its charts.
+"""The interface of measures. Each measure has one file: what it scores, its result, table columns and charts.
 
-A measure is a class with a name, registered by `register_measure`. The experiment's console, `results.json`, the report
-and studies learn of it from there: `results["models"][i]["evaluation"][name]` is what `run` returned, and the tables
-show its `columns`, the pages its `charts` and the sentence of `describe`. A measure in a module of your own is taken by
-name: `--eval.measures sliding reversal my_module:MyMeasure`.
+A measure is a class registered by `register_measure`. Everything else follows: what `run` returns is stored in
+`results.json` under `results["models"][i]["evaluation"][name]`; the console, the report and studies show its `columns`,
+`charts` and `describe`. To use a measure from your own module, name it:
+`--eval.measures sliding reversal my_module:MyMeasure`.
 """
 
 import contextlib
@@ -34,12 +34,12 @@ class Baseline:
     """Another model that scores the same tokens.
 
     Attributes:
-        name: what it is called in the result.
-        model: one with the same tokenizer.
-        stride: None: documents are read in consecutive segments, its memory, if it has one, carried; else in windows
-            as long as its segment, so many tokens from one to the next, each from an empty memory.
+        name: its key in the result.
+        model: has the same tokenizer as the subject.
+        stride: None: read documents in consecutive segments with its memory, if any, carried. Otherwise: read sliding
+            windows as long as its segment with this stride, each from an empty memory.
         autocast: makes the context in which it computes.
-        facts: plain values that say which model it is, for the result.
+        facts: plain values that identify the model in the result.
     """
 
     name: str
@@ -51,13 +51,13 @@ class Baseline:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a model was trained on; only the doctor asks.
+    """What a model was trained on; only the doctor uses it.
 
     Attributes:
-        shapes: how batches are cut from them, one shape per curriculum stage.
-        pairs: the reversal pairs whose forward sentences were trained on; empty if there were none.
-        differences: where the run's records differ from the data found now, one sentence each.
-        facts: fingerprints that agree with the run's records.
+        shapes: the shapes of its batches (see `list_shapes`).
+        pairs: the reversal pairs whose forward sentences were trained on, if any.
+        differences: how today's data differ from the run's records, one sentence each.
+        facts: fingerprints that match the run's records.
     """
 
     train: TokenSplit
@@ -72,22 +72,23 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class Subject:
-    """A trained model and everything that a measure may need to measure it.
+    """A trained model and everything that a measure may need.
 
     Attributes:
-        model: in evaluation mode, on its device.
-        split: the documents to measure on, tokenised with it.
+        model: on its device; measures put it into evaluation mode.
+        tokenizer: the model's.
+        split: the documents to measure on, encoded with the tokenizer.
         settings: the eval section of the configuration.
-        seq_length: tokens of a training sample; the position measure cuts documents into samples of this length.
-        seed: of random choices, e.g. of bootstrap resamples.
+        seq_length: tokens per training sample, T; the position measure cuts documents into samples of this length.
+        seed: for random choices, e.g. sampled continuations.
         autocast: makes the context in which the model computes.
-        processes: those that share the work; every one of them calls the measure and gets the whole result.
-        on_progress: called with what is done so far and what there is to do in all.
-        should_stop: asked after each batch; once it says True, the result is of what has been scored by then.
+        processes: the processes that share the work. All of them call the measure and get the whole result.
+        on_progress: called with the work done so far and in all, e.g. in tokens.
+        should_stop: called after each batch; once it returns True, the result covers only what was scored until then.
         baselines: other models that score the same long documents.
         training: what the model was trained on; None: unknown.
-        facts: plain values about model and data, e.g. the run's data record.
-        shared: what a measure leaves, under its name, for those that run after it, so that nothing is scored twice.
+        facts: plain values about model and data, e.g. from the run's results.
+        shared: values that a measure stores under its name for later measures, so that nothing is scored twice.
     """
 
     model: LanguageModel
@@ -107,7 +108,7 @@ class Subject:
 
     @property
     def reading(self) -> Reading:
-        """How measures of perplexity read the documents."""
+        """The options with which perplexity measures read documents."""
         return {
             "batch_size": self.settings.batch_size,
             "max_tokens": self.settings.max_tokens,
@@ -120,19 +121,19 @@ class Subject:
 
 @dataclass(frozen=True)
 class Column:
-    """One figure of a model: a cell of the summary table, of the console's and the report's alike.
+    """One figure of a model: a cell of the summary table on the console and in the report.
 
     Attributes:
-        key: names the figure within its measure.
+        key: identifies the figure within its measure.
         title: the column's heading.
-        value: a number, or a word; None: there is none, and the cell stays empty.
-        format: writes a number.
-        better: which values win, so that the best one is marked; None: neither.
-        group: heading over neighbouring columns.
-        error: standard error, shown behind the value as ±.
-        low: lower end of the interval, shown on request.
-        high: upper end.
-        hint: a longer explanation of this value, shown on request.
+        value: a number or a word; None leaves the cell empty.
+        format: formats a number.
+        better: whether lower or higher values are better, to mark the best one; None: neither.
+        group: a heading over neighbouring columns.
+        error: standard error, shown after the value as ±.
+        low: lower end of the confidence interval.
+        high: upper end of the confidence interval.
+        hint: a longer explanation of this value.
     """
 
     key: str
@@ -149,12 +150,12 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Figures in more detail than the summary's, for one model: a row per range, length, relation or check.
+    """More detailed figures of one model, e.g. a row per range of positions, length or relation.
 
     Attributes:
         title: what it shows.
-        rows: each row's name and its figures.
-        is_for_studies: whether a study compares its variants by these figures, too.
+        rows: (name, figures) of each row.
+        is_for_studies: whether studies also compare their variants by these figures.
     """
 
     title: str
@@ -163,11 +164,11 @@ class Table:
 
 
 class ModelResult(NamedTuple):
-    """What a measure found for one model.
+    """A measure's result for one model.
 
     Attributes:
-        name: what readers know the model by.
-        result: what `Measure.run` returned, as it was read from JSON.
+        name: the model's name for readers.
+        result: what `Measure.run` returned, as read back from JSON.
     """
 
     name: str
@@ -175,58 +176,57 @@ class ModelResult(NamedTuple):
 
 
 class Measure(ABC):
-    """What can be measured of a trained model. `run` is the only method that must be defined.
+    """A measurement of a trained model. Subclasses must define `name`, `title` and `run`.
 
-    Results are read back from JSON by later versions and by others' tools, so `columns`, `charts` and `describe` are
-    given only results that have this measure's form, but must not rely on their model being at hand.
+    All other methods get results as read back from JSON, possibly written by another version, and without the model.
     """
 
     name: ClassVar[str]
     """The key in `results.json` and in `EvalConfig.measures`."""
     title: ClassVar[str]
-    """What readers know the measure by."""
+    """The measure's name for readers."""
     can_stop: ClassVar[bool] = False
-    """Whether `run` asks `Subject.should_stop` and says in `is_complete` that its result is partial."""
+    """Whether `run` calls `Subject.should_stop` and reports in `is_complete` whether its result is complete."""
 
     @abstractmethod
     def run(self, subject: Subject) -> dict[str, Any] | None:
-        """Measure; plain values for JSON. None: it does not apply to this model or text, and leaves no result."""
+        """Measure the model. Return plain values for JSON, or None if this does not apply to the model or text."""
 
     def columns(self, result: dict[str, Any]) -> list[Column]:
-        """The figures that the summary table shows of one model."""
+        """Return the figures of one model for the summary table."""
         return []
 
     def losses(self, result: dict[str, Any]) -> dict[str, DocumentLosses]:
-        """Each document's loss by way of reading, by which two models are compared; the model's own is first."""
+        """Return the losses of each document for comparing models, by way of reading; the model's main way first."""
         return {}
 
     def contrasts(self, result: dict[str, Any]) -> dict[str, tuple[DocumentLosses, DocumentLosses]]:
-        """By name two shares of hits, of a document's questions: a model is compared with itself or with a guess."""
+        """Return named pairs of hit rates to compare, as hits (`total_nll`) among questions (`num_tokens`)."""
         return {}
 
     def charts(self, results: Sequence[ModelResult]) -> list[Chart]:
-        """The charts that compare the models."""
+        """Return charts that compare the models."""
         return []
 
     def texts(self, results: Sequence[ModelResult]) -> list[ShadedText]:
-        """Passages to show, with each token shaded or with several continuations."""
+        """Return passages to show, with shaded tokens or with several continuations."""
         return []
 
     def describe(self, result: dict[str, Any]) -> str:
-        """The result in one sentence; empty: there is nothing to say."""
+        """Summarise the result in one sentence; may be empty."""
         return ""
 
     def tables(self, result: dict[str, Any]) -> list[Table]:
-        """More figures of one model, which `new-llm eval` prints below the columns."""
+        """Return more figures of one model; `new-llm eval` prints them below the columns."""
         return []
 
     def notes(self, result: dict[str, Any]) -> list[str]:
-        """What else the reader of one result should know, a line each."""
+        """Return further lines for the reader of one result."""
         return []
 
 
 def to_plain(value: Any) -> Any:
-    """Dataclasses and named tuples, nested in any way, as dicts and lists for JSON."""
+    """Convert nested dataclasses and named tuples to dicts and lists for JSON."""
     if is_dataclass(value) and not isinstance(value, type):
         return {one.name: to_plain(getattr(value, one.name)) for one in fields(value)}
     if isinstance(value, tuple) and (names := getattr(value, "_fields", None)):
@@ -237,29 +237,29 @@ def to_plain(value: Any) -> Any:
 
 
 MEASURES: dict[str, Measure] = {}
-"""The registered measures by name. Tables and pages show them in the order of `EvalConfig.measures`."""
+"""The registered measures by name. Tables and pages follow the order of `EvalConfig.measures`."""
 
 MeasureKind = TypeVar("MeasureKind", bound=Measure)
 
 
 def register_measure(kind: type[MeasureKind]) -> type[MeasureKind]:
-    """Make a class known by its `name`.
+    """Register a measure class under its `name`.
 
     Raises:
-        ValueError: another class has the name.
+        ValueError: another class is registered under this name.
     """
     known = type(MEASURES.get(kind.name, kind()))
-    if len({(one.__module__, one.__qualname__) for one in (known, kind)}) > 1:  # those of a reloaded module match
-        raise ValueError(f"measure {kind.name!r} is registered by {known.__module__} already")
+    if len({(one.__module__, one.__qualname__) for one in (known, kind)}) > 1:  # a reloaded module may register again
+        raise ValueError(f"measure {kind.name!r} is already registered by {known.__module__}")
     MEASURES[kind.name] = kind()
     return kind
 
 
 def find_measures(names: Iterable[str]) -> list[Measure]:
-    """The measures of some names, `module:Class` among them, each once.
+    """Find measures by name, without duplicates; a name `module:Class` is loaded and registered.
 
     Raises:
-        UserError: an unknown name, or a class that is no measure.
+        UserError: a name is unknown, or a class is not a valid measure.
     """
     found: dict[str, Measure] = {}
     for name in names:
@@ -268,7 +268,7 @@ def find_measures(names: Iterable[str]) -> list[Measure]:
             if not (isinstance(kind, type) and issubclass(kind, Measure)):
                 raise UserError(f"eval.measures: {name} is not a subclass of new_llm.evaluation.Measure")
             if inspect.isabstract(kind) or not all(hasattr(kind, needed) for needed in ("name", "title")):
-                raise UserError(f"eval.measures: {name}: a measure has a name, a title, and a method run")
+                raise UserError(f"eval.measures: {name}: a measure needs a name, a title and a method run")
             try:
                 register_measure(kind)
             except ValueError as error:
@@ -282,10 +282,10 @@ def find_measures(names: Iterable[str]) -> list[Measure]:
 
 
 def load_own_measures(names: Iterable[str]) -> list[str]:
-    """Register the measures of a user's own modules among some names.
+    """Register those of the named measures that are in a user's own modules.
 
     Returns:
-        For each that can't be loaded, a line that says why.
+        For each measure that can't be loaded, a line that says why.
     """
     lines: list[str] = []
     for name in filter(is_user_name, names):
@@ -297,10 +297,10 @@ def load_own_measures(names: Iterable[str]) -> list[str]:
 
 
 def run_measure(one: Measure, subject: Subject) -> dict[str, Any] | None:
-    """What a measure finds, which is plain.
+    """Run a measure and check that its result is a dictionary of plain values, or None.
 
     Raises:
-        UserError: what the measure refuses; of a user's own measure any error.
+        UserError: the measure rejects the model or text, its result is invalid, or a user's own measure fails.
     """
     try:
         result = one.run(subject)
@@ -313,16 +313,16 @@ def run_measure(one: Measure, subject: Subject) -> dict[str, Any] | None:
     try:
         json.dumps(result)
     except (TypeError, ValueError) as error:
-        raise UserError(f"its result is not made of plain values: {error}") from None
+        raise UserError(f"its result can't be written as JSON: {error}") from None
     if not isinstance(result, dict | None):
-        raise UserError(f"run returned a value of type {type(result).__name__} in place of a dictionary")
+        raise UserError(f"run returned a {type(result).__name__} instead of a dictionary")
     return result
 
 
 def ask_measure(name: str, method: str, given: Any, default: Any) -> Any:
-    """What a method of a measure says of results; the default where it can't read them, or says what is no answer.
+    """Call a measure's method on results; return the default if it fails or returns a value of another type.
 
-    Results are anyone's JSON, and a measure of a user's own may have bugs: neither may cost a finished run its report.
+    Malformed results or bugs in a user's own measure should not prevent the report of a finished run.
     """
     try:
         found = getattr(MEASURES[name], method)(given)
@@ -337,16 +337,16 @@ def measure(
     say: Callable[[str], None] = lambda _: None,
     refused: dict[str, str] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Measure a model: the result of each measure by its name, plain values throughout.
+    """Run measures on a model; return their results by name, all plain values.
 
     Args:
         names: the measures; None: `EvalConfig.measures`.
-        say: told what is measured next.
-        refused: takes the reason of each measure that the model or the text does not allow, in place of an error: a
-            text without long documents does not end an experiment that has been trained.
+        say: called with the title of each measure before it runs.
+        refused: if given, a measure that raises a `UserError` is skipped and the message is stored here by name, so
+            that, for example, a text without long documents does not abort a finished training.
 
     Raises:
-        UserError: an unknown measure, or what a measure itself refuses.
+        UserError: a measure is unknown or, without `refused`, fails.
     """
     results: dict[str, dict[str, Any]] = {}
     for one in find_measures(subject.settings.measures if names is None else names):

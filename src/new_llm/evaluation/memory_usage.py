@@ -1,4 +1,4 @@
-"""How full a model's memories are along a document, and how sharply tokens select among them."""
+"""The norm of a model's memories as it reads a document, and how sharply tokens select among memories."""
 
 import contextlib
 import functools
@@ -19,10 +19,7 @@ DIGITS = 5
 
 @contextlib.contextmanager
 def watch_token_gates(model: TransformerLM) -> Iterator[dict[int, Tensor]]:
-    """Inside the block the dict takes, by layer, the gates [tokens, H] of layers that compute them for each token.
-
-    They are those of the last call.
-    """
+    """Record inside the block the gates of the last call, [tokens, H] by layer, where layers compute them per token."""
     found: dict[int, Tensor] = {}
 
     def note(module: Any, inputs: tuple[Any, ...], index: int) -> None:
@@ -37,13 +34,13 @@ def watch_token_gates(model: TransformerLM) -> Iterator[dict[int, Tensor]]:
 
 
 def list_attentions(model: TransformerLM) -> list[tuple[int, Any]]:
-    """(index, attention) of each memory layer; None: it has none."""
+    """Return (index, attention) of each memory layer; attention is None for layers without one."""
     return [(index, getattr(layer, "attention", None)) for index, layer in model.memory_layers.items()]
 
 
 @contextlib.contextmanager
 def watch_selections(model: TransformerLM) -> Iterator[dict[int, list[tuple[Tensor, Tensor]]]]:
-    """Inside the block the dict takes, by layer, each call's selection among memories; see `watch_selection`."""
+    """Record inside the block, by layer, each call's selection among memories; see `watch_selection`."""
     selecting = {index: one for index, one in list_attentions(model) if isinstance(one, SelectingAttention)}
     with contextlib.ExitStack() as stack:
         yield {index: stack.enter_context(watch_selection(attention)) for index, attention in selecting.items()}
@@ -51,22 +48,22 @@ def watch_selections(model: TransformerLM) -> Iterator[dict[int, list[tuple[Tens
 
 @register_measure
 class MemoryUsage(Measure):
-    """How full each memory is after each segment of one document."""
+    """The norm of each memory after each segment of one document."""
 
     name = "memory_usage"
     title = "memory usage"
 
     def run(self, subject: Subject) -> dict[str, Any] | None:
-        """‖M‖, the Frobenius norm of each memory and head, after each segment of one document.
+        """Measure ‖M‖, the Frobenius norm of each memory and head, after each segment of one document.
 
-        The first document that is long enough is read from an empty memory, else the longest one as far as it goes.
+        The document is the first that has `memory_usage_segments` segments or, if there is none, the longest one. It is
+        read from an empty memory.
 
-        Returns:
-            `document` (its index), `num_segments`, `segment_length`, and `layers`: for each memory layer its index
-            `layer`, its `kind`, `norms` [num_segments, num_memories, num_memory_heads] and, where it selects among
-            memories, `selection_entropy`, the mean over tokens and heads as a share of the greatest possible: 0, each
-            token reads one memory; 1, all alike. None: no layer has associative memories, or no document a whole
-            segment.
+        The result has `document` (its index), `num_segments`, `segment_length`, and `layers`: for each memory layer its
+        index `layer`, its `kind`, `norms` [num_segments, num_memories, num_memory_heads] and, if it selects among
+        memories, `selection_entropy`: the mean over tokens and heads, relative to the maximum entropy (0: each token
+        reads one memory; 1: all memories equally). It is None if no layer has associative memories, or no document has
+        a whole segment.
         """
         model, split = subject.model, subject.split
         if not isinstance(model, TransformerLM):
@@ -107,17 +104,17 @@ class MemoryUsage(Measure):
         return {"document": document, "num_segments": count, "segment_length": length, "layers": layers}
 
     def columns(self, result: dict[str, Any]) -> list[Column]:
-        """How sharply tokens select among memories, the mean over layers that do."""
+        """Return the selection entropy, averaged over the layers that select among memories."""
         layers = result["layers"]
         found = {one["layer"]: one["selection_entropy"] for one in layers if "selection_entropy" in one}
         if not found:
             return []
         each = ", ".join(f"layer {index}: {entropy:.3f}" for index, entropy in found.items())
-        mean, hint = sum(found.values()) / len(found), f"0: each token reads one memory; 1: all alike. {each}"
+        mean, hint = sum(found.values()) / len(found), f"0: each token reads one memory; 1: all equally. {each}"
         return [Column("selection_entropy", "selection entropy", mean, hint=hint)]
 
     def charts(self, results: Sequence[ModelResult]) -> list[Chart]:
-        """A heat map per model: segments across, memories and heads down."""
+        """Draw a heat map per model: segments across, memories and heads down."""
         charts: list[Chart] = []
         for name in dict.fromkeys(one.name for one in results):
             rows = [
@@ -129,7 +126,7 @@ class MemoryUsage(Measure):
                 for memory, heads in enumerate(memories, start=1)
                 for head, value in enumerate(heads, start=1)
             ]
-            caption = "Norm of each memory after each segment of one document: does it fill up, and are all written?"
+            caption = "Norm of each memory after each segment of one document: does it saturate, and are all written?"
             axes: dict[str, Any] = {"x": "segment", "y": "memory", "value": "norm", "x_title": "segment", "view": name}
             charts.append(heat_chart(f"memory-usage-{name}", "Memory usage", caption, rows, **axes))
         return charts

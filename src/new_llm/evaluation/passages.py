@@ -1,7 +1,7 @@
-"""What did the memory know? Passages of held-out text, with what the memory was worth to each token.
+"""What did the memory know? Passages of held-out text, with the memory's value for each token.
 
-A token's value is its loss with the memory emptied minus its loss with the memory carried, in nats: above 0 the memory
-helped. Both losses are those of the measure `long`, which are not computed again where it has run before.
+A token's value is its loss with an empty memory minus its loss with the memory carried, in nats: above 0, the memory
+helped. Both losses are taken from the measure `long` if it has run before, and computed otherwise.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,19 +21,19 @@ from new_llm.evaluation.memory_usage import watch_selections, watch_token_gates
 from new_llm.evaluation.scoring import Scorer, evaluation_mode, find_device, join_scores
 
 DIGITS = 4
-UNKNOWN = "\ufffd"  # what part of a character decodes to
+UNKNOWN = "\ufffd"  # an incomplete character decodes to this
 
 
 def find_passages(
     values: Sequence[NDArray[np.float64]], segment_length: int, num_helped: int, num_harmed: int
 ) -> list[tuple[int, int]]:
-    """The segments that the memory helped most, then those that it harmed most, as (document, segment).
+    """Find the segments that the memory helped most, then those that it harmed most, as (document, segment).
 
     Args:
-        values: of each document's tokens but the first, in nats.
+        values: for each document the values of all tokens except the first, in nats.
         segment_length: S; segment i of a document predicts its tokens i·S + 1 to (i + 1)·S.
-        num_helped: segments of the first kind, at most.
-        num_harmed: of the second.
+        num_helped: the most helped segments to return.
+        num_harmed: the most harmed segments to return.
     """
     sums = [
         (float(found[begin : begin + segment_length].sum()), document, begin // segment_length)
@@ -47,15 +47,15 @@ def find_passages(
 
 
 def find_half_share(values: NDArray[np.float64]) -> float | None:
-    """The smallest share of tokens whose values sum to half of all that the memory was worth where it helped."""
+    """Return the smallest share of tokens that together account for half of the memory's total positive value."""
     helped = np.sort(values[values > 0])[::-1].cumsum()
     return None if not len(helped) else float(np.searchsorted(helped, helped[-1] / 2) + 1) / len(values)
 
 
 def continue_text(tokenizer: Tokenizer, before: Sequence[int], after: Sequence[int]) -> str:
-    """The text that tokens add to those before them: whether it begins with a blank depends on these.
+    """Decode the text that tokens add to those before them, on which a leading space may depend.
 
-    A character of several tokens is the last one's.
+    A character spread over several tokens is attributed to the last of them.
     """
     start, whole, alone = (
         tokenizer.decode(list(ids), skip_special_tokens=False).rstrip(UNKNOWN)
@@ -65,19 +65,19 @@ def continue_text(tokenizer: Tokenizer, before: Sequence[int], after: Sequence[i
 
 
 def read_details(subject: Subject, document: NDArray[Any], segments: Iterable[int]) -> dict[int, dict[str, Any]]:
-    """Read a document as a stream and look at some of its segments.
+    """Read a document as a stream and record details of some segments.
 
     Returns:
-        By segment, with an entry for each of its tokens: the likeliest next ones `carried` and `emptied`; the `gate`,
-        where it is computed for each token; and `selection`, for each layer that selects among memories the share of
-        each one, the mean over heads.
+        By segment, lists with an entry per token: the most likely next tokens with the memory `carried` and `emptied`;
+        the `gate`, if gates are computed per token; and `selection`, for each layer that selects among memories the
+        weight of each memory, averaged over heads.
     """
     model: Any = subject.model
     length, read = model.segment_length, 0
     details: dict[int, dict[str, Any]] = {}
 
     def list_candidates(logits: Tensor, previous: Sequence[int]) -> list[Any]:
-        """[[text, probability], …] after each position."""
+        """Return [[text, probability], …] after each position."""
         number = min(subject.settings.passages.num_candidates, logits.shape[-1])
         top = logits.float().softmax(-1).topk(number, dim=-1)
         found = zip(previous, top.indices.tolist(), _round(top.values), strict=True)
@@ -113,14 +113,14 @@ def _round(values: Tensor) -> list[Any]:
 
 
 def continue_document(subject: Subject, document: NDArray[Any]) -> dict[str, Any] | None:
-    """A continuation from the middle of a document, with the memory of all before and with it emptied, by equal draws.
+    """Continue a document from its middle, with the memory of everything before and with an empty memory, same seed.
 
-    Both begin with a prompt of half a segment, at a segment's border: what came before reaches them through memory
-    alone. None: the document has less than two segments.
+    The prompt is half a segment and begins at a segment border, so that earlier text can only act through the memory.
+    None if the document has less than two segments.
     """
     model: Any = subject.model
     length, number = model.segment_length, subject.settings.passages.continuation_tokens
-    # Greedy continuations of small models repeat themselves, whatever they remember.
+    # Sampled, because greedy continuations of small models repeat themselves, whatever they remember.
     drawing = GenerationConfig(max_new_tokens=number, do_sample=True, temperature=0.8, top_p=0.9, seed=subject.seed)
     begin = len(document) // 2 // length * length
     end = begin + max(1, length // 2)
@@ -148,17 +148,20 @@ class Passages(Measure):
     title = "what the memory knew"
 
     def run(self, subject: Subject) -> dict[str, Any] | None:
-        """The passages; None: the model has no memory, or no document reaches into a second segment.
+        """Find the passages that the memory helped and harmed most.
 
-        The result holds `num_tokens` and `value_nats` (the mean over all tokens of the documents), `half_share`
-        (`find_half_share`), and `passages`: each with its document's index, its segment, `before` (the text ahead of
-        it), its `value_nats` in all, and its tokens: text, losses `carried` and `emptied` in nats, the likeliest
-        tokens `with_memory` and `without`, the `gate` and the `selection` of `read_details`. `continuations` are
-        those of `continue_document`.
+        - `num_tokens` and `value_nats`, the mean over all tokens of the documents; `half_share`: see `find_half_share`.
+        - `passages`: each has its `document`'s index, its `segment`, `before` (the text before it), `value_nats` (the
+          sum over its tokens), and `tokens`: text, losses `carried` and `emptied` in nats, the most likely tokens
+          `with_memory` and `without`, `gate` and `selection` (see `read_details`).
+        - `continuations`: see `continue_document`.
+
+        Returns None if the model has no memory, no document reaches into a second segment, or the measurement was
+        stopped.
         """
         model: Any = subject.model
         settings, fewest = subject.settings.passages, model.segment_length + 2
-        # Those that `long` measures first; of a text without long documents those that reach into a second segment.
+        # The first documents that `long` measures; if no document is long, the first that reach a second segment.
         long = subject.split.find_long(max(subject.settings.long_documents.min_tokens, fewest))
         found = long if len(long) else subject.split.find_long(fewest)
         chosen: list[int] = found[: settings.max_documents].tolist()
@@ -208,7 +211,7 @@ class Passages(Measure):
         }
 
     def texts(self, results: Sequence[ModelResult]) -> list[ShadedText]:
-        """Each passage as a shaded text, then the continuations."""
+        """Return each passage as a shaded text, then the continuations."""
         found: list[ShadedText] = []
         for name, result in results:
             found += [shade(name, passage) for passage in result["passages"]]
@@ -216,10 +219,10 @@ class Passages(Measure):
         return found
 
     def describe(self, result: dict[str, Any]) -> str:
-        """What the memory was worth in all, and how unevenly."""
+        """State the memory's mean value, and how it is concentrated."""
         value, share = result["value_nats"], result["half_share"]
         said = f"the memory was worth {value:+.3f} nats per token over {result['num_tokens']:,} tokens"
-        return said if share is None else f"{said}; half of what it helped falls on {share:.1%} of them"
+        return said if share is None else f"{said}; {share:.1%} of them account for half of its help"
 
 
 def describe_passage(
@@ -230,7 +233,7 @@ def describe_passage(
     losses: dict[str, NDArray[np.float64]],
     details: dict[str, Any],
 ) -> dict[str, Any]:
-    """One entry of `passages`."""
+    """Make one entry of `passages`."""
     begin = segment * length
     end = min(begin + length, len(document) - 1)
     ids = document[max(0, begin + 1 - length) : end + 1].tolist()
@@ -257,7 +260,7 @@ def describe_passage(
 
 
 def shade(model: str, passage: dict[str, Any]) -> ShadedText:
-    """A passage for the page."""
+    """Turn a passage into a shaded text for the report."""
 
     def say(candidates: list[Any]) -> str:
         return ", ".join(f"{text!r} {share:.0%}" for text, share in candidates)
@@ -269,9 +272,9 @@ def shade(model: str, passage: dict[str, Any]) -> ShadedText:
             [
                 ("worth", f"{token['emptied'] - token['carried']:+.2f} nats"),
                 ("loss with the memory", f"{token['carried']:.2f}"),
-                ("with it emptied", f"{token['emptied']:.2f}"),
-                ("likeliest with it", say(token["with_memory"])),
-                ("without", say(token["without"])),
+                ("loss without it", f"{token['emptied']:.2f}"),
+                ("most likely with it", say(token["with_memory"])),
+                ("most likely without it", say(token["without"])),
                 *([("gate", f"{token['gate']:.2f}")] if token["gate"] is not None else []),
                 *(("memories read", say_selection(shares)) for shares in token.get("selection") or ()),
             ],
@@ -285,14 +288,14 @@ def shade(model: str, passage: dict[str, Any]) -> ShadedText:
 
 
 def say_selection(shares: Sequence[float]) -> str:
-    """The memories that a token read, the most read first."""
+    """List the memories that a token read and their weights, largest first."""
     ranked = sorted(enumerate(shares, 1), key=lambda one: -one[1])
     return ", ".join(f"{place}: {share:.0%}" for place, share in ranked if share > 0)
 
 
 def compare(model: str, found: dict[str, Any]) -> ShadedText:
-    """A continuation for the page."""
+    """Turn a continuation into a text for the report."""
     title = f"continued: document {found['document']}, from segment {found['segment'] + 1}"
-    names = {"carried": "with the memory", "emptied": "with it emptied", "true": "the document itself"}
+    names = {"carried": "with the memory", "emptied": "with an empty memory", "true": "the document itself"}
     versions = [(label, found[way]) for way, label in names.items()]
     return ShadedText(title, found["prompt"], versions=versions, view=model)

@@ -1,9 +1,8 @@
 """Perplexity under several protocols: exp(total negative log-likelihood / tokens), never a mean of means.
 
-The sliding, streaming and independent protocols score the same tokens, every one but the first of each document,
-exactly once; they differ only in what the model may look back on. So one model's readings under different protocols
-compare the same predictions. The rolling protocol is lm-evaluation-harness's: it scores each document's first token,
-too.
+The sliding, streaming and independent protocols score the same tokens exactly once: all but the first of each document.
+They differ only in the context that the model sees, so a model's perplexities under these protocols are comparable. The
+rolling protocol is lm-evaluation-harness's and scores each document's first token, too.
 """
 
 import dataclasses
@@ -38,7 +37,7 @@ from new_llm.formats import format_count
 
 
 class Verdict(NamedTuple):
-    """What a perplexity in some range most likely means, and what to do about it: advice, never a stop.
+    """What a perplexity in this range most likely means, and what to do. Advice only; it never stops a run.
 
     `level` is abnormal, suspicious, normal, training or undertrained.
     """
@@ -50,11 +49,11 @@ class Verdict(NamedTuple):
 
 OVER_1000 = math.nextafter(1000.0, math.inf)
 _VERDICTS = (
-    (5.0, "abnormal", "< 5", "the model sees what it is to predict, by a leak or a mask bug: run new-llm eval doctor"),
+    (5.0, "abnormal", "< 5", "the model sees the tokens it should predict (leak or mask bug): run new-llm eval doctor"),
     (30.0, "suspicious", "5–30", "overfit, or trained on this text: compare both losses, and run new-llm eval doctor"),
     (100.0, "normal", "30–100", "normal for small data: train on more text to lower it"),
     (500.0, "normal", "100–500", "normal for a model trained from scratch: train longer to lower it"),
-    (OVER_1000, "training", "500–1000", "still training: train more epochs, or with a higher learning rate"),
+    (OVER_1000, "training", "500–1000", "still training: train for more epochs, or with a higher learning rate"),
     (
         math.inf,
         "undertrained",
@@ -62,14 +61,14 @@ _VERDICTS = (
         "undertrained: train longer; if its training loss is low, run new-llm eval doctor",
     ),
 )
-"""A perplexity below the number gets the verdict behind it."""
+"""Upper bounds, and the verdicts below them."""
 _NOT_FINITE = Verdict("abnormal", "not finite", "training diverged: lower the learning rate, or train in fp32")
 
 
 def diagnose_perplexity(perplexity: float) -> Verdict:
-    """Judge a validation perplexity of a model trained from scratch on real text.
+    """Interpret the validation perplexity of a model trained from scratch on real text.
 
-    A bound belongs to the range above it (30 is "30–100"), except 1000, which is "500–1000".
+    A bound belongs to the range above it (30 is in "30–100"), except 1000, which is in "500–1000".
     """
     return next((Verdict(*verdict) for bound, *verdict in _VERDICTS if perplexity < bound), _NOT_FINITE)
 
@@ -78,9 +77,8 @@ def diagnose_perplexity(perplexity: float) -> Verdict:
 class PerplexityResult:
     """A perplexity and what it was measured on.
 
-    The token counts, `total_nll` in nats and the index in the split of each document are lists in `documents`: what
-    models are compared by. Of a measurement that was stopped, and of an only document that was
-    cut short, the scored text is not known to the byte: num_bytes, num_words and what rests on them are None.
+    num_bytes, num_words and the figures based on them are None if the measurement was stopped or a document was cut
+    short, because the size of the scored text is then unknown.
     """
 
     protocol: str
@@ -88,30 +86,32 @@ class PerplexityResult:
     perplexity: float
     """exp(loss)."""
     standard_error: float | None
-    """Of the perplexity, clustered by document: perplexity · the standard error of the loss (delta method). None for
-    fewer than five documents."""
+    """Perplexity · the standard error of the loss (delta method), clustered by document. None for fewer than five
+    documents."""
     loss: float
     """Mean negative log-likelihood per token, nats."""
     bits_per_byte: float | None
-    """Total negative log-likelihood / (ln 2 · num_bytes). Each document's first token has no context and is not scored:
-    exact where documents begin with a mark of their own, else lower by that one token."""
+    """Total negative log-likelihood / (ln 2 · num_bytes). The first token of each document is not scored, so this is
+    exact only if documents begin with a special token; otherwise it is low by that token's share."""
     word_perplexity: float | None
-    """exp(total negative log-likelihood / num_words), under the same condition."""
+    """exp(total negative log-likelihood / num_words), with the same restriction."""
     num_tokens: int
+    """Tokens that were scored."""
     num_planned: int
-    """Tokens that were to be scored."""
+    """Tokens to score; more than num_tokens if the measurement was stopped."""
     num_words: int | None
     """Words of the documents' raw text, as lm-evaluation-harness counts them."""
     num_bytes: int | None
     num_documents: int
     documents: dict[str, list[Any]]
+    """For each document its `index` in the split, `num_tokens` and `total_nll` in nats, for comparing models."""
     context: int | None
-    """Tokens in a window or independent segment; None for streaming."""
+    """Tokens per window or independent segment; None for streaming."""
     stride: int | None
     segment_length: int
-    """Tokens of the model's segments, which it cuts a longer window into."""
+    """Tokens per segment; the model cuts longer windows into segments."""
     prefix_token: int | None
-    """The token put before each document."""
+    """The token put before each document (rolling only)."""
     seconds: float
     tokens_per_second: float
 
@@ -119,19 +119,20 @@ class PerplexityResult:
     """Whether everything planned was scored."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; a perplexity too large for a float is infinite."""
+        """Return plain values for JSON; a perplexity too large for a float is infinite."""
         return dataclasses.asdict(self)
 
 
 def evaluate_sliding_window(
     model: LanguageModel, split: TokenSplit, *, context: int, stride: int, **reading: Unpack[Reading]
 ) -> PerplexityResult:
-    """Perplexity in sliding windows, each read from an empty memory (see `plan_windows`).
+    """Measure perplexity in sliding windows, each read from an empty memory (see `plan_windows`).
 
     Args:
-        model: read in evaluation mode; its held memory is neither read nor changed.
+        model: run in evaluation mode; its held memory is neither read nor changed.
+        context: tokens per window.
         stride: distance between windows in tokens, at most the context.
-        reading: batch_size and what else `Reading` names.
+        reading: the options in `Reading`; batch_size is required.
 
     Raises:
         UserError: the split has no token to score.
@@ -144,21 +145,18 @@ def evaluate_sliding_window(
 def evaluate_rolling(
     model: LanguageModel, split: TokenSplit, *, context: int, prefix_token: int, **reading: Unpack[Reading]
 ) -> PerplexityResult:
-    """Perplexity in the windows of lm-evaluation-harness's rolling log-likelihood (see `plan_rolling_windows`).
+    """Measure perplexity as lm-evaluation-harness's rolling log-likelihood does (see `plan_rolling_windows`).
 
-    Its word perplexity and bits per byte are that program's word_perplexity and bits_per_byte where each document is
-    one of the task's, the context its max_length, and the prefix token the tokenizer's bos or, without one, eos token.
-    It is put before each document, so that the document's first token is scored.
+    `prefix_token` is put before each document, so that the document's first token is scored. Word perplexity and bits
+    per byte equal that program's word_perplexity and bits_per_byte if the documents are those of its task, `context` is
+    its max_length, and the prefix is the tokenizer's bos token or, without one, its eos token.
     """
     plan = partial(plan_rolling_windows, context=context)
     return _evaluate("rolling", model, split, reading, plan, context=context, stride=context, prefix_token=prefix_token)
 
 
 def evaluate_independent(model: LanguageModel, split: TokenSplit, **reading: Unpack[Reading]) -> PerplexityResult:
-    """Perplexity of the model's segments, each read alone: the baseline for `evaluate_streaming`.
-
-    The same tokens in the same segments as `evaluate_streaming`, without the memory.
-    """
+    """Measure perplexity on the same tokens and segments as `evaluate_streaming`, each segment from an empty memory."""
     length = model.segment_length
     plan = partial(plan_windows, context=length)
     return _evaluate("independent", model, split, reading, plan, context=length, stride=length)
@@ -167,18 +165,17 @@ def evaluate_independent(model: LanguageModel, split: TokenSplit, **reading: Unp
 def evaluate_streaming(
     model: LanguageModel, split: TokenSplit, *, segments_per_call: int = 8, **reading: Unpack[Reading]
 ) -> PerplexityResult:
-    """Perplexity of documents read in consecutive segments, the memory carried within a document.
+    """Measure perplexity on consecutive segments, with the memory carried within each document.
 
-    `segments_per_call` changes only the speed.
+    `segments_per_call` affects only the speed.
     """
     return _evaluate("streaming", model, split, reading, segments_per_call)
 
 
 def unigram_perplexity(split: TokenSplit) -> float:
-    """exp(H(p)), H(p) = −Σ p ln p, p the share of each token among all tokens of the split.
+    """Return exp(H(p)), H(p) = −Σ p ln p, where p are the token frequencies of the split.
 
-    The best that a predictor without context could reach if it knew the split's own
-    frequencies.
+    This is the best perplexity that a predictor without context can reach.
 
     Raises:
         UserError: the split is empty.
@@ -186,7 +183,7 @@ def unigram_perplexity(split: TokenSplit) -> float:
     counts = np.bincount(split.tokens)
     shares = counts[counts > 0] / max(1, counts.sum())
     if not len(shares):
-        raise UserError("evaluation: the split holds no token")
+        raise UserError("evaluation: the split has no tokens")
     return exp_or_inf(-float(np.sum(shares * np.log(shares))))
 
 
@@ -201,14 +198,14 @@ def _evaluate(
     stride: int | None = None,
     prefix_token: int | None = None,
 ) -> PerplexityResult:
-    """Score in the planned windows, or in streams with this many segments per call."""
+    """Score in windows if `plan` is a function, or in streams with `plan` segments per call."""
     began = time.perf_counter()
     chosen = select_documents(split, reading.get("max_tokens"), prefix_token)
     scorer = Scorer(model, chosen.tokens, reading)
     found = scorer.score_streams(plan) if isinstance(plan, int) else scorer.score_windows(plan)
     own = DocumentLosses.sum([join_scores(found)], len(chosen.tokens))
     tokens, nll = scorer.processes.sum(own.num_tokens[:, 0]), scorer.processes.sum(own.total_nll[:, 0])
-    # Summed batch by batch, in the order of reading: so a result does not depend on how documents are counted.
+    # Summed batch by batch, in reading order, so that the result does not depend on how documents are counted.
     parts = np.array([sum(float(scores.losses.sum()) for scores in found), scorer.is_stopped], dtype=np.float64)
     total, num_stopped = scorer.processes.sum(parts).tolist()
     count, num_bytes, num_words = int(tokens.sum()), chosen.num_bytes, chosen.num_words
@@ -243,17 +240,17 @@ def _evaluate(
 
 
 class Perplexity(Measure):
-    """What the protocols share as measures; each names itself and how it evaluates."""
+    """Base class of the protocols' measures."""
 
     GROUP: ClassVar[str] = "Validation perplexity"
     can_stop = True
 
     @abstractmethod
     def evaluate(self, subject: Subject) -> PerplexityResult:
-        """The perplexity of the subject's documents."""
+        """Measure the perplexity of the subject's documents."""
 
     def run(self, subject: Subject) -> dict[str, Any]:
-        """The fields of `PerplexityResult`, the verdict, and the unigram's perplexity on the same split."""
+        """Return the fields of `PerplexityResult`, the `verdict`, and the split's `unigram_perplexity`."""
         result = self.evaluate(subject)
         return result.to_dict() | {
             "verdict": diagnose_perplexity(result.perplexity)._asdict(),
@@ -261,16 +258,16 @@ class Perplexity(Measure):
         }
 
     def columns(self, result: dict[str, Any]) -> list[Column]:
-        """The perplexity and its standard error."""
+        """Return the perplexity with its standard error."""
         value, error = result["perplexity"], result["standard_error"]
         return [Column("perplexity", self.name, value, better="lower", group=self.GROUP, error=error)]
 
     def losses(self, result: dict[str, Any]) -> dict[str, DocumentLosses]:
-        """The only way."""
+        """Return each document's losses."""
         return {"": DocumentLosses.read(result["documents"]["num_tokens"], result["documents"]["total_nll"])}
 
     def charts(self, results: Sequence[ModelResult]) -> list[Chart]:
-        """A bar per model, if there are several."""
+        """Draw a bar per model, if there are several."""
         if len(results) < 2:
             return []
         rows = [{"model": one.name, "perplexity": one.result["perplexity"]} for one in results]
@@ -278,11 +275,11 @@ class Perplexity(Measure):
         return [bar_chart(f"perplexity-{self.name}", self.title, caption, rows, x="model", y="perplexity")]
 
     def describe(self, result: dict[str, Any]) -> str:
-        """The perplexity with its verdict."""
+        """State the perplexity and its verdict."""
         return f"{self.title} {result['perplexity']:,.2f}: {result['verdict']['text']}"
 
     def notes(self, result: dict[str, Any]) -> list[str]:
-        """How it was read, and how much of it."""
+        """State the protocol's settings and how much was scored."""
         how = f"segments of {result['segment_length']:,}"
         if result["context"] is not None:
             how = f"context {result['context']:,}, stride {result['stride']:,}; {how}"
@@ -304,7 +301,7 @@ class SlidingPerplexity(Perplexity):
         return evaluate_sliding_window(subject.model, subject.split, context=context, stride=stride, **subject.reading)
 
     def columns(self, result: dict[str, Any]) -> list[Column]:
-        """Also the figures that do not depend on the tokenizer, the unigram's share, and the verdict."""
+        """Add the figures that do not depend on the tokenizer, the ratio to the unigram perplexity, and the verdict."""
         unigram, verdict = result["unigram_perplexity"], result["verdict"]
         ratio = result["perplexity"] / unigram if unigram else None
         return [
@@ -318,7 +315,7 @@ class SlidingPerplexity(Perplexity):
 
 @register_measure
 class StreamingPerplexity(Perplexity):
-    """Perplexity in consecutive segments, the memory carried along each document."""
+    """Perplexity on consecutive segments, with the memory carried within each document."""
 
     name = "streaming"
     title = "streaming perplexity"
@@ -329,14 +326,14 @@ class StreamingPerplexity(Perplexity):
         return evaluate_streaming(subject.model, subject.split, segments_per_call=per_call, **subject.reading)
 
     def columns(self, result: dict[str, Any]) -> list[Column]:
-        """Also bits per byte, by which models with other tokenizers can be compared."""
+        """Add bits per byte, which is comparable across tokenizers."""
         bits = Column("bits_per_byte", "streaming bits/byte", result["bits_per_byte"], better="lower", group=self.GROUP)
         return [*super().columns(result), bits]
 
 
 @register_measure
 class IndependentPerplexity(Perplexity):
-    """Perplexity in single segments, each read from an empty memory."""
+    """Perplexity on single segments, each read from an empty memory."""
 
     name = "independent"
     title = "perplexity of single segments"
@@ -357,7 +354,7 @@ class RollingPerplexity(Perplexity):
         """See `evaluate_rolling`."""
         begin = find_special_tokens(subject.tokenizer).get("bos_token")
         if begin is None:
-            raise UserError("rolling perplexity: the tokenizer has no <|endoftext|> or <s> to begin a document with")
+            raise UserError("rolling perplexity: the tokenizer has no <|endoftext|> or <s> to put before documents")
         prefix, context = subject.tokenizer.get_vocab()[begin], subject.settings.context
         return evaluate_rolling(subject.model, subject.split, context=context, prefix_token=prefix, **subject.reading)
 
@@ -370,11 +367,11 @@ class Positions(Measure):
     title = "perplexity by position"
 
     def run(self, subject: Subject) -> dict[str, Any]:
-        """`ranges`: {"start", "end", "perplexity", "num_tokens"} of each range in which a token was scored.
+        """Measure perplexity by range of positions.
 
-        Each document is cut into consecutive samples of `seq_length` tokens, each read from an empty memory. A
-        token's position is its index in its sample; a sample's first token has no context and is not scored. A
-        document's last, shorter sample counts too.
+        Each document is cut into consecutive samples of `seq_length` tokens (the last may be shorter), each read from
+        an empty memory. A token's position is its index in the sample; the first token has no context and is not
+        scored. The result has `ranges`: {"start", "end", "perplexity", "num_tokens"} of each with scored tokens.
 
         Raises:
             UserError: the split has no token to score.
@@ -397,19 +394,19 @@ class Positions(Measure):
         return {"seq_length": length, "ranges": ranges}
 
     def charts(self, results: Sequence[ModelResult]) -> list[Chart]:
-        """A line per model, a point per range."""
+        """Draw a line per model, with a point per range."""
         rows = [
             {"model": one.name, "position": f"{entry['start']}–{entry['end']}", "perplexity": entry["perplexity"]}
             for one in results
             for entry in one.result["ranges"]
         ]
-        caption = "Perplexity of the tokens in each range of positions of a sample; falling lines use what came before."
+        caption = "Perplexity by range of positions in a sample. Where a line falls, the model uses its context."
         axes: dict[str, Any] = {"x": "position", "y": "perplexity", "series": "model"}
         axes |= {"x_title": "position in the sample", "y_title": "perplexity"}
         return [line_chart("positions", "Perplexity by position", caption, rows, **axes)]
 
     def tables(self, result: dict[str, Any]) -> list[Table]:
-        """A row per range."""
+        """Return a row per range."""
         rows: list[tuple[str, list[Column]]] = []
         for entry in result["ranges"]:
             tokens = Column("num_tokens", "tokens", entry["num_tokens"], format_count)
@@ -418,7 +415,7 @@ class Positions(Measure):
         return [Table(f"by position in samples of {result['seq_length']} tokens", rows)]
 
     def describe(self, result: dict[str, Any]) -> str:
-        """The first range against the last one."""
+        """State the perplexity of the first and the last range."""
         first, last = result["ranges"][0], result["ranges"][-1]
         return (
             f"perplexity {first['perplexity']:,.1f} at positions {first['start']}–{first['end']}, "

@@ -1,13 +1,13 @@
-"""Recall: a sentence hidden in real text, some depth down, and asked for at the end of it.
+"""Recall: a sentence is hidden in real text, at some depth, and asked for at the end of the text.
 
-A text has a length in whole segments. Its last segment is the question; the ones before are the documents' own text
-with the sentence between two of its sentences, and are read into an empty memory. The question then begins at a
-segment's beginning, so that memory is the only way from the sentence to it, and the distance between them is a whole
-number of segments. In a text of one segment the sentence and the question share it: what a model can do without its
-memory. The question is also asked of an empty memory, which is the control.
+A text is a whole number of segments long. The last segment is the question. The segments before it are text of the
+documents, with the sentence inserted between two others, and are read into an empty memory. The question starts at a
+segment border, so that only memory can connect it to the sentence, and their distance is a whole number of segments. In
+a text of one segment, sentence and question share the segment; this shows what the model can do without memory. As a
+control, the question is also asked with an empty memory.
 
-A changed fact is stated with another value at the text's beginning, in a segment before the one that replaces it; the
-newest is the right answer. A memory that only adds holds both.
+A changed fact is first stated with another value at the beginning of the text, in a segment before the sentence that
+replaces it; the newest value is the right answer. A memory that can only add contains both.
 """
 
 import functools
@@ -48,31 +48,31 @@ from new_llm.models import TransformerLM
 from new_llm.models.inputs import IGNORE_INDEX, align_labels
 
 TASKS = {"passkey": "pass keys", "facts": "facts", "changed": "changed facts"}
-"""What readers know the tasks by."""
+"""Readers' names for the tasks."""
 FIGURES = {
     "exact": "greedy exact match",
     "old": "old value given",
     "first": "right answer ranked first",
     "mean_rank": "mean rank",
 }
-"""What they know the figures by; only changed facts have an old value."""
-NEEDLE_STREAM, FILLER_STREAM = 1, 2  # keep the random numbers of different choices apart
+"""Readers' names for the figures; only changed facts have an old value."""
+NEEDLE_STREAM, FILLER_STREAM = 1, 2  # independent random streams
 TASK_STREAMS: dict[RecallTask, int] = {"passkey": 1, "facts": 2, "changed": 3}
-FIRST_SENTENCE_REACH = 1024  # tokens in which a sentence's end is looked for before the text is begun anywhere
+FIRST_SENTENCE_REACH = 1024  # a text begins at the first sentence border within this many tokens, if there is one
 
 Tokens = NDArray[np.int64]
 NOTHING: Tokens = np.zeros(0, np.int64)
 
 
 class Question(NamedTuple):
-    """A question, and what stands before it in its segment.
+    """A question with its candidate answers.
 
     Attributes:
-        candidates: the question with each answer, tokenised as one text; the right one first.
-        answer_begin: index in the right candidate of the first token that is not the question's.
+        candidates: the question with each answer, tokenised as one text; the right answer first.
+        answer_begin: index of the right answer's first token in candidates[0].
         differ_begin: index of the first token in which the candidates differ.
-        opening: the text before it.
-        has_old: whether the second answer is the value that a changed fact had before.
+        opening: text before the question in the same segment.
+        has_old: whether the second answer is the old value of a changed fact.
     """
 
     candidates: tuple[Tokens, ...]
@@ -83,18 +83,18 @@ class Question(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are read to score any of the answers: all but the last one."""
+        """Tokens to read for scoring the longest candidate: all but its last."""
         return max(map(len, self.candidates)) - 1
 
     def read(self, candidate: int, first_scored: int) -> Row:
-        """The row that reads it with one of its answers, scored from a token of the candidate on."""
+        """Make the row that reads the question with one answer, scored from the candidate's token `first_scored` on."""
         return Row(np.concatenate([self.opening, self.candidates[candidate]]), len(self.opening) + first_scored)
 
 
 def pose_question(
     encode: Callable[[str], Tokens], prompt: str, answers: Iterable[str], *, has_old: bool = False
 ) -> Question:
-    """The question of a prompt, which stands before each of the answers; the right one is the first."""
+    """Make a question from a prompt and the possible answers, the right one first."""
     candidates = tuple(encode(prompt + answer) for answer in answers)
     answer_begin = max(1, count_shared([encode(prompt), candidates[0]]))
     return Question(candidates, answer_begin, max(1, count_shared(candidates)), has_old=has_old)
@@ -104,10 +104,10 @@ class RecallText(NamedTuple):
     """One text with its question.
 
     Attributes:
-        context: what is read into the memory: whole segments, [(length − 1) · S], the sentence among them.
-        question: whose opening is empty, or the whole text where the length is 1.
-        depth: tokens of the text before the sentence, as a share of all that is not the sentence.
-        distance: segments from the sentence's end to the question; 0: they share one.
+        context: whole segments to read into the memory, [(length − 1) · S], including the sentence.
+        question: its opening is empty, or the whole text if the length is 1.
+        depth: tokens before the sentence, as a share of all tokens except the sentence's.
+        distance: segments from the sentence's end to the question; 0 if they share a segment.
     """
 
     context: Tokens
@@ -117,19 +117,18 @@ class RecallText(NamedTuple):
 
 
 class TextMaker:
-    """Makes the texts of a measurement; a text depends on the seed and on its own task, length, depth and trial alone.
+    """Makes the texts of a measurement. Each depends only on the seed and its own task, length, depth and trial.
 
-    Trial i of a task hides the same sentence in the same text at every length and depth, so that these are compared
-    alike. The documents are read in a ring from a place drawn for the trial, so that a text longer than all of them
-    repeats them.
+    Trial i of a task hides the same sentence in the same text at every length and depth, for a paired comparison. The
+    text starts at a random place in the documents and wraps around at their end, so it may repeat itself.
 
     Raises:
-        UserError: the documents hold no token.
+        UserError: the documents have no tokens.
     """
 
     def __init__(self, split: TokenSplit, tokenizer: Tokenizer, segment_length: int, settings: RecallConfig) -> None:
         if not split.num_tokens:
-            raise UserError("recall: the documents hold no token to hide a sentence in")
+            raise UserError("recall: the documents have no tokens to hide a sentence in")
         self.split = split
         self.encode = functools.partial(encode_continuation, tokenizer)
         self.segment_length = segment_length
@@ -139,7 +138,7 @@ class TextMaker:
         self._begin = functools.cache(self._find_begin)
 
     def count_room(self, task: RecallTask, length: int, trial: int) -> int:
-        """Tokens of the documents in a text; below 0: it can't hold the sentence and the question."""
+        """Count the document tokens that fit into a text; negative if sentence and question do not fit."""
         statement, replaced, question = self._draw(task, trial)
         if question.num_tokens > self.segment_length or (len(replaced) and length < 3):
             return -1
@@ -148,16 +147,16 @@ class TextMaker:
         return (length - 1) * self.segment_length - len(statement) - len(replaced)
 
     def make(self, task: RecallTask, length: int, depth: float, trial: int) -> RecallText:
-        """One text; a ValueError where there is no room for it."""
+        """Make one text; raise a ValueError if sentence and question do not fit."""
         room = self.count_room(task, length, trial)
         if room < 0:
             raise ValueError(
-                f"{task}: {length} segments of {self.segment_length} tokens have no room for trial {trial}"
+                f"{task}: {length} segments of {self.segment_length} tokens are too short for trial {trial}"
             )
         statement, replaced, question = self._draw(task, trial)
         begin = self._begin(trial)
         filler = np.take(self.split.tokens, np.arange(begin, begin + room), mode="wrap")
-        if len(replaced):  # in a segment of its own, before that of the sentence
+        if len(replaced):  # the old statement comes first, and the sentence in a later segment
             filler = np.concatenate([replaced, filler])
             depth = max(depth, 1.5 * self.segment_length / len(filler))
         place = choose_place(filler, len(statement), depth, self.segment_length, self.borders)
@@ -168,7 +167,7 @@ class TextMaker:
         return RecallText(context, question._replace(opening=opening), depth, length - 1 - last_segment)
 
     def _draw_needle(self, task: RecallTask, trial: int) -> tuple[Tokens, Tokens, Question]:
-        """A sentence, the one that it replaces (or none, [0]), and its question."""
+        """Draw a sentence, the one that it replaces (empty if none), and its question."""
         generator = np.random.default_rng([self.settings.seed, NEEDLE_STREAM, TASK_STREAMS[task], trial])
         needle = draw_needle(task, self.settings.part, self.settings.num_candidates, generator)
         statement, replaced = (self.encode(f" {one}") for one in (needle.statement, needle.replaced))
@@ -177,7 +176,7 @@ class TextMaker:
         return statement, replaced if has_old else NOTHING, question
 
     def _find_begin(self, trial: int) -> int:
-        """The first sentence after a place drawn at random."""
+        """Find the first sentence border after a random place."""
         generator = np.random.default_rng([self.settings.seed, FILLER_STREAM, trial])
         begin = int(generator.integers(self.split.num_tokens))
         ahead = np.take(self.split.tokens, np.arange(begin, begin + FIRST_SENTENCE_REACH), mode="wrap")
@@ -186,13 +185,13 @@ class TextMaker:
 
 
 class Answer(NamedTuple):
-    """What one question showed.
+    """The model's answer to one question.
 
     Attributes:
-        is_exact: greedy decoding from the question gives the right answer, token by token.
-        rank: place of the right answer among the candidates, 1 is first; equals share the mean of their places.
-        is_first: whether it is more probable than every other; a tie is not first.
-        is_old: greedy decoding gives the value that a changed fact had before.
+        is_exact: whether greedy decoding gives the right answer.
+        rank: the right answer's rank among the candidates, from 1; a tie counts half.
+        is_first: whether the right answer is more probable than all others; a tie is not first.
+        is_old: whether greedy decoding gives the old value of a changed fact.
     """
 
     is_exact: bool
@@ -202,7 +201,7 @@ class Answer(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """One text to be made."""
+    """One text to make: its length in segments, the depth from 0 to 1."""
 
     task: RecallTask
     length: int
@@ -211,7 +210,7 @@ class Plan(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What one text showed: where its sentence stood, and the answers with its memory and with an empty one."""
+    """The result of one text: its sentence's place, and the answers with the text's memory and with an empty one."""
 
     depth: float
     distance: int
@@ -220,12 +219,13 @@ class Outcome(NamedTuple):
 
 
 def plan_texts(maker: TextMaker) -> tuple[list[Plan], list[str]]:
-    """The texts, short ones first, and notes on lengths that a sentence and its question don't fit in.
+    """Plan the texts, short ones first; also return notes on lengths that are too short.
 
-    Of one length trial comes after trial, so that a measurement that is stopped has about as many for every depth.
+    Within a length, each trial covers all tasks and depths before the next trial, so that a stopped measurement has
+    about equally many trials of each.
 
     Raises:
-        UserError: none fits.
+        UserError: all lengths are too short.
     """
     plans: list[Plan] = []
     notes: list[str] = []
@@ -245,7 +245,7 @@ def plan_texts(maker: TextMaker) -> tuple[list[Plan], list[str]]:
 
 
 def ask_all(subject: Subject, maker: TextMaker, plans: Sequence[Plan]) -> dict[Plan, Outcome]:
-    """Read every text and ask for its sentence; where the measurement is stopped, the texts asked by then."""
+    """Read each text and ask for its sentence; if stopped, return the outcomes so far."""
     model, settings, size = subject.model, subject.settings.recall, subject.model.segment_length
     reads, num_planned = has_memory(model), sum(plan.length for plan in plans) * size
     step, num_rows = settings.segments_per_call * size, settings.batch_size
@@ -254,7 +254,7 @@ def ask_all(subject: Subject, maker: TextMaker, plans: Sequence[Plan]) -> dict[P
     num_read = 0
 
     def note(num_tokens: int) -> bool:
-        """True: stop."""
+        """Report progress; return whether to stop."""
         nonlocal num_read
         num_read += num_tokens
         if subject.on_progress:
@@ -284,13 +284,13 @@ def ask_all(subject: Subject, maker: TextMaker, plans: Sequence[Plan]) -> dict[P
 
 
 def read_context(model: LanguageModel, contexts: Sequence[Tokens]) -> None:
-    """Write texts of one length into the memory, one per row; their losses are not asked for."""
+    """Write texts of equal length into the memory, one per row, without computing losses."""
     input_ids = torch.from_numpy(np.stack(contexts)).to(find_device(model))
     model.token_losses(input_ids, torch.full_like(input_ids, IGNORE_INDEX), update_memory=True)
 
 
 def score_answers(model: LanguageModel, questions: Sequence[Question]) -> list[Answer]:
-    """Ask questions, one per row, with the memory in place; nothing is written.
+    """Ask questions, one per row, with the current memory and without writing to it.
 
     Candidates are ranked by their total negative log-likelihood from the first token in which they differ, as in
     `evaluate_reversal_curse`.
@@ -308,25 +308,25 @@ def score_answers(model: LanguageModel, questions: Sequence[Question]) -> list[A
 
 
 def rank_first(totals: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The rank of the first of some losses, [..., C], among all: 1 is the least, equal ones count half.
+    """Return the rank of the first of the losses, [..., C]: 1 is the lowest; a tie counts half.
 
-    A loss of NaN comes last: a model that gives it knows nothing.
+    Every comparison with NaN counts against the first.
     """
     right, others = totals[..., :1], totals[..., 1:]
     return 1 + (~(right < others)).sum(-1) - (right == others).sum(-1) / 2
 
 
 def find_exact(model: LanguageModel, questions: Sequence[Question], candidate: int = 0) -> list[bool]:
-    """Whether greedy decoding gives each right answer, or another of the candidates.
+    """Return whether greedy decoding would give each question's right answer, or another candidate.
 
-    Read is the question with the answer, and each of the answer's tokens must be the most probable one where it
-    stands. That is the same: greedy decoding has read these tokens for as long as it has found them.
+    The question is read together with the answer, and each token of the answer must be the most probable one. This is
+    equivalent to decoding, which reads the same tokens up to the first wrong one.
     """
     rows = [question.read(candidate, question.answer_begin) for question in questions]
     input_ids, labels, mask = pad_rows(rows, find_device(model))
     targets = align_labels(labels, input_ids.shape[1])
     wanted = targets != IGNORE_INDEX
-    if isinstance(model, TransformerLM):  # the head is the widest product: it runs only where it is asked for
+    if isinstance(model, TransformerLM):  # run the output head, the largest product, only where it is needed
         logits = model.embed_out(model.compute_hidden(input_ids, mask)[wanted])
     else:
         logits = cast(Any, model)(input_ids, mask)[wanted]
@@ -336,9 +336,9 @@ def find_exact(model: LanguageModel, questions: Sequence[Question], candidate: i
 
 
 def summarize_answers(answers: Sequence[Answer], settings: RecallConfig) -> dict[str, Any]:
-    """Of at least one trial the shares that are `exact`, `old` and `first`, with Wilson's intervals, and `mean_rank`.
+    """Summarise one or more trials: the shares `exact`, `old` and `first`, the `mean_rank` and the `answers`.
 
-    The interval of the rank is a bootstrap one over trials. `answers` are the trials themselves.
+    Shares have Wilson's interval; the mean rank has a bootstrap interval over trials.
     """
     count = len(answers)
     ranks = np.array([answer.rank for answer in answers])
@@ -361,7 +361,7 @@ def summarize_answers(answers: Sequence[Answer], settings: RecallConfig) -> dict
 
 
 def average_by(cells: Sequence[dict[str, Any]], place: str, way: str, figure: str) -> dict[int, float]:
-    """The mean of a figure over the trials of each length, or of each distance in whole segments (`mean_distance`)."""
+    """Average a figure over the trials by `place`: a cell's `length`, or its `mean_distance` in rounded segments."""
     totals: dict[int, tuple[float, int]] = {}
     for cell in cells:
         total, count = totals.get(where := round(cell[place]), (0.0, 0))
@@ -371,32 +371,32 @@ def average_by(cells: Sequence[dict[str, Any]], place: str, way: str, figure: st
 
 
 def group_by_task(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The cells of each task."""
+    """Group the cells by task."""
     return {task: found for task in TASKS if (found := [cell for cell in result["cells"] if cell["task"] == task])}
 
 
 @register_measure
 class Recall(Measure):
-    """Whether a sentence hidden in a long text is found again at its end."""
+    """Whether a model recalls, at the end of a long text, a sentence hidden in it."""
 
     name = "recall"
     title = "recall"
     can_stop = True
 
     def run(self, subject: Subject) -> dict[str, Any]:
-        """Greedy exact match, and rank among candidates, by task, length and depth.
+        """Measure greedy exact match and the right answer's rank, by task, length and depth.
 
-        A model without memory is asked without reading: it can know no more than the control.
+        A model without memory is asked without reading the text, because it can know no more than the control.
 
-        `cells` are in the order asked for; of a stopped measurement those that hold a trial. Each has its `task`,
-        `length` in segments, the `depth` asked for, `num_trials`, `mean_depth` (where the sentence really stood: it is
-        put between two sentences), `mean_distance` in segments from it to the question, and the figures of
-        `summarize_answers` with the memory of the text, `carried`, and with an empty one, `reset`. A guess is first in
-        `chance_first` of the trials, and has the mean rank `chance_rank`. `notes` says what was left out, and where
-        text repeats.
+        - `cells`, in the configured order; a stopped measurement has only those with a trial. Each has its `task`,
+          `length` in segments, requested `depth`, `num_trials`, `mean_depth` (the actual one, at a sentence border),
+          `mean_distance` in segments to the question, and the figures of `summarize_answers` with the memory of the
+          text, `carried`, and with an empty one, `reset`.
+        - `chance_first` and `chance_rank`: the share ranked first and the mean rank of a random guess.
+        - `notes`: which lengths were left out, and whether text repeats.
 
         Raises:
-            UserError: there is no text, or the segments are too short for any sentence and question asked for.
+            UserError: there is no text, or all lengths are too short for sentence and question.
         """
         began = time.perf_counter()
         model, settings, size = subject.model, subject.settings.recall, subject.model.segment_length
@@ -404,7 +404,7 @@ class Recall(Measure):
         plans, notes = plan_texts(maker)
         longest, num_tokens = max(plan.length for plan in plans) * size, subject.split.num_tokens
         if longest > num_tokens:
-            notes.append(f"the documents have {num_tokens:,} tokens: a text of {longest:,} repeats them")
+            notes.append(f"the documents have only {num_tokens:,} tokens, so a text of {longest:,} repeats them")
         outcomes = ask_all(subject, maker, plans)
         cells: list[dict[str, Any]] = []
         for place in itertools.product(settings.tasks, settings.lengths, settings.depths):
@@ -441,7 +441,7 @@ class Recall(Measure):
         }
 
     def columns(self, result: dict[str, Any]) -> list[Column]:
-        """Per task, the share of exact answers over all distances of one segment or more."""
+        """Return for each task the share of exact answers over all texts longer than one segment."""
         columns: list[Column] = []
         for task, cells in group_by_task(result).items():
             cells = [cell for cell in cells if cell["length"] > 1]
@@ -452,7 +452,7 @@ class Recall(Measure):
         return columns
 
     def tables(self, result: dict[str, Any]) -> list[Table]:
-        """Per task each figure by depth and length, with that of an empty memory below; then all by distance."""
+        """Return for each task the figures by depth and length, with an empty memory as control, and by distance."""
         tables: list[Table] = []
         for task, cells in group_by_task(result).items():
             by_distance: dict[str, list[Column]] = {}
@@ -478,9 +478,9 @@ class Recall(Measure):
         return tables
 
     def notes(self, result: dict[str, Any]) -> list[str]:
-        """What a guess reaches, what was left out, and how much was measured."""
+        """State the chance level, what was left out, and how much was measured."""
         notes = [
-            f"a guess is right in {result['chance_first']:.1%}; its mean rank is {result['chance_rank']:g} of "
+            f"a random guess is right in {result['chance_first']:.1%}; its mean rank is {result['chance_rank']:g} of "
             f"{result['num_candidates']}",
             *result["notes"],
         ]
@@ -490,7 +490,7 @@ class Recall(Measure):
         return [*notes, counts]
 
     def charts(self, results: Sequence[ModelResult]) -> list[Chart]:
-        """Per task, the share ranked first by distance, a line per model."""
+        """Draw for each task the share ranked first by distance, with a line per model."""
         charts: list[Chart] = []
         for task, words in TASKS.items():
             rows = []
@@ -498,13 +498,13 @@ class Recall(Measure):
                 shares = average_by(group_by_task(result).get(task, []), "mean_distance", "carried", "first")
                 rows += [{"model": name, "distance": distance, "share": share} for distance, share in shares.items()]
             if rows:
-                caption = "Share of questions whose right answer ranks first, by segments from the sentence to it."
+                caption = "Share of questions whose right answer ranks first, by distance from the hidden sentence."
                 columns: dict[str, Any] = {"x": "distance", "y": "share", "series": "model", "y_format": ".0%"}
                 titles: dict[str, Any] = {"x_title": "segments", "y_title": "ranked first"}
                 charts.append(line_chart(f"recall-{task}", f"Recall: {words}", caption, rows, **columns, **titles))
         return charts
 
     def describe(self, result: dict[str, Any]) -> str:
-        """Per task, the share of exact answers."""
+        """State the share of exact answers for each task."""
         shares = [f"{column.title} {column.value:.0%}" for column in self.columns(result) if column.value is not None]
         return f"recall, exact answers: {', '.join(shares)}" if shares else ""

@@ -1,7 +1,7 @@
 """The reversal curse: a model that learned "A is B" need not know "B is A" (arXiv:2309.12288).
 
-Knowledge can lie in three places. The weights know the pairs that training told forward, again and again. The memory
-and the context know facts of a text that was read just now, each told once, forward: `ask_fresh_texts`.
+Knowledge can be in three places. The weights may know the pairs that training stated forward, many times. The memory
+and the context may know fresh facts of a text just read, each stated once, forward (`_ask_fresh_texts`).
 """
 
 import contextlib
@@ -56,14 +56,14 @@ DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
 
 class PairLosses(NamedTuple):
-    """What one pair showed in one direction.
+    """The losses of one pair in one direction.
 
     Attributes:
-        total_nll: of the sentence's tokens but the first, nats.
-        answer_nll: of the answer's tokens alone, nats.
-        rank: of the right answer among the answers of its relation: 1 + those that are likelier + half of those that
-            are as likely.
-        num_candidates: the answers ranked, the right one among them.
+        total_nll: of the sentence's `num_tokens` tokens except the first, in nats.
+        answer_nll: of the answer's `num_answer_tokens` tokens, in nats.
+        rank: of the right answer among the answers of its relation: 1 + the number of more likely ones + half the
+            number of equally likely ones.
+        num_candidates: the number of ranked answers, including the right one.
     """
 
     total_nll: float
@@ -78,18 +78,18 @@ class PairLosses(NamedTuple):
 class ReversalScores:
     """The figures of one group of pairs.
 
-    Perplexities are of a sentence's tokens but the first, or of the `answer`'s tokens alone, given the prompt. Ranks
-    are among the answers of the relation, 1 is best and a tie counts half; accuracy is the share of pairs whose right
-    answer comes first; chance is what a guess reaches, the mean over pairs and both directions. A sentence that is
-    known by heart does not reach a perplexity of 1: which of the facts it will state can't be told before its subject.
-    `intervals` are of every figure but the counts and the chances.
+    Perplexities are over a sentence's tokens except the first, or (`answer`) over the answer's tokens given the prompt.
+    Even a sentence known by heart does not reach a sentence perplexity of 1, because its subject can't be predicted.
+    Ranks are among the answers of the relation; 1 is best and a tie counts half. Accuracy is the share of pairs whose
+    right answer ranks first. Chance is the expectation of a random guess, averaged over pairs and both directions.
+    `intervals` has the confidence interval of every figure except counts and chance.
     """
 
     num_pairs: int
     forward_perplexity: float
     backward_perplexity: float
     ratio: float
-    """Forward / backward perplexity: 1 where both directions are known alike, near 0 under the curse."""
+    """Forward / backward perplexity: 1 if both directions are known equally well, near 0 under the curse."""
     gap: float
     """Backward − forward perplexity; 0 is best."""
     forward_answer_perplexity: float
@@ -106,26 +106,26 @@ class ReversalScores:
 
 @dataclass(frozen=True)
 class ReversalResult(ReversalScores):
-    """The figures of all pairs, of each relation, and by kind: "real", "invented" or, of a silent file, "unstated"."""
+    """The figures of all pairs, of each relation, and of each `ReversalPair.kind`."""
 
     per_relation: dict[str, ReversalScores]
     by_kind: dict[str, ReversalScores]
     ranks: dict[str, list[float]]
-    """By direction the rank of each pair's answer."""
+    """The rank of each pair's right answer, by direction."""
     bootstrap: dict[str, Any]
-    """What the intervals rest on."""
+    """The settings of the intervals."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         plain = to_plain(self)
         return plain | {"per_relation": [{"relation": name} | one for name, one in plain["per_relation"].items()]}
 
 
 class ReversalTable:
-    """The readings of all pairs, and one table of resamples for all figures.
+    """The losses of all pairs, with one table of bootstrap resamples for all figures.
 
-    Relations are given, and pairs are a sample of what each could hold: a resample draws, for each relation, as many of
-    its pairs as it has. Every figure is computed within the same resamples, so that ratio and gap are paired.
+    The relations are fixed, and the pairs of each are a sample: a resample draws from each relation as many pairs as it
+    has, with replacement. All figures use the same resamples, so that ratio and gap are paired.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class ReversalTable:
             self.resamples[:, members] = draw_resamples(len(members), settings.num_resamples, int(group_seed))
 
     def summarize(self, chosen: NDArray[np.bool_]) -> ReversalScores:
-        """The figures of the pairs that are True, [num_pairs]."""
+        """Compute the figures of the pairs where `chosen`, [num_pairs], is True."""
         figures = self._compute(chosen[None].astype(np.float64))
         resampled = self._compute(self.resamples * chosen)
         candidates = np.concatenate([table["num_candidates"][chosen] for table in self.columns.values()])
@@ -158,7 +158,7 @@ class ReversalTable:
         )
 
     def _compute(self, weights: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-        """Every figure of each row of weights [R, num_pairs], how often a pair counts; NaN for a group without any."""
+        """Compute all figures, [R] each, for weights [R, num_pairs]: how often each pair counts. NaN if none does."""
         figures: dict[str, NDArray[np.float64]] = {}
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             for way, table in self.columns.items():
@@ -185,34 +185,34 @@ def evaluate_reversal_curse(
     processes: Processes = ALONE,
     **options: Any,
 ) -> ReversalResult:
-    """Compare what a model knows forward, as it was trained, with what it knows backward.
+    """Compare how well a model knows facts forward, as trained, and backward.
 
-    Perplexity is exp(total negative log-likelihood / tokens) over all tokens of all sentences but each one's
-    first. Answer perplexity is that of the answers' tokens alone, given the prompt, from the first token in which the
-    sentence and the prompt alone differ.
+    Perplexity is exp(total negative log-likelihood / tokens) over all tokens of all sentences, except each sentence's
+    first. Answer perplexity covers only the answers' tokens given the prompt, from the first token in which the
+    sentence differs from the prompt alone.
 
-    Ranks ask which answer the model finds most probable after the prompt: the right one, or that of another pair of the
-    same relation. Answers are compared by their total negative log-likelihood, −ln p(answer | prompt), not by the mean
-    a token: the mean would favour long names, whose later pieces are certain once the first ones are given. The total
-    favours short answers, but a preference that is the same after every prompt puts the same answer first each time and
-    so can't lift accuracy above chance. Answers that are alike count once, and another right answer to the same prompt
-    doesn't compete. A tie counts half in the rank, so that a model without a preference has the mean rank of a guess,
-    and doesn't count as first in the accuracy: first is rank 1.
+    Ranks compare the right answer after each prompt with the answers of the other pairs of the relation, by total
+    negative log-likelihood −ln p(answer | prompt). The mean per token would favour long names, whose later pieces are
+    certain given the first ones. The total favours short answers, but a preference that is the same after every prompt
+    can't lift accuracy above chance. Duplicate answers count once, and other right answers to the same prompt don't
+    compete. A tie counts half in the rank, so that a model without preferences has the mean rank of a guess, and does
+    not count as first in the accuracy.
 
-    Prompt and answer are tokenized as the one text that training saw. A token may then straddle their border,
-    and not the same way for each answer; so each total runs from the first token in which the candidates'
-    texts differ. What they share before it is equally probable in all and changes no rank.
+    Prompt and answer are tokenized as one text, as in training. A token may straddle their border, differently for each
+    answer, so the totals begin at the first token in which the candidates' texts differ; the tokens before it are
+    equally probable for all candidates and change no rank.
 
-    Intervals are percentile bootstrap ones over pairs, drawn within each relation: see `ReversalTable`. The answers
-    that compete stay those of all pairs.
+    Intervals are percentile bootstrap intervals over pairs, drawn within each relation (see `ReversalTable`). The
+    competing answers are those of all pairs in every resample.
 
     Args:
-        model: evaluated in evaluation mode from an empty memory; its held memory is neither read nor changed.
+        model: run in evaluation mode with an empty memory; its held memory is neither read nor changed.
         tokenizer: of `tokenizers` or `transformers`.
-        device: where to measure, to which the model is moved; None: where its weights are.
+        pairs: the facts.
+        device: the device to move the model to; None: leave it where it is.
         autocast: makes the context in which the model computes.
         on_progress: called with the tokens scored so far and in all.
-        processes: those that share the work; every one of them gets the whole result.
+        processes: the processes that share the work; each gets the whole result.
         options: fields of `ReversalConfig`: batch_size, max_sentences, num_resamples, confidence, seed.
 
     Raises:
@@ -222,15 +222,15 @@ def evaluate_reversal_curse(
     if device is not None:
         cast(Any, model).to(device)
     if not pairs:
-        raise UserError("reversal: no pairs were given")
+        raise UserError("reversal: there are no pairs")
     relations, kinds = [pair.relation for pair in pairs], [str(pair.kind) for pair in pairs]
     needed = {relation: 2 * count**2 for relation, count in Counter(relations).items()}
     if (total := sum(needed.values())) > settings.max_sentences:
         largest = max(needed, key=lambda name: needed[name])
         raise UserError(
-            f"reversal: {total:,} prompts with answers, {needed[largest]:,} of them of the relation {largest[:40]!r}; "
-            f"at most {settings.max_sentences:,} are scored: draw fewer by --pairs-per-relation, or raise "
-            "--max-sentences"
+            f"reversal: {total:,} sentences to score exceed the limit of {settings.max_sentences:,}; "
+            f"{needed[largest]:,} of them are of the relation {largest[:40]!r}: draw fewer with --pairs-per-relation, "
+            "or raise --max-sentences"
         )
     tasks = {direction: _list_candidates(pairs, direction) for direction in DIRECTIONS}
     texts = {text: None for found in tasks.values() for _, candidates in found for text in candidates}
@@ -272,15 +272,15 @@ def evaluate_reversal_curse(
 # Knowledge in three places
 
 PLACES = {"weights": "weights", "memory": "memory", "context": "context", "nothing": "nothing read"}
-"""What readers know them by; nothing read is the control of memory and context."""
-SENTENCE_REACH = 1024  # tokens in which the end of a sentence is looked for
+"""Readers' names for the places; "nothing read" is the control for memory and context."""
+SENTENCE_REACH = 1024  # how many tokens to search for the end of a sentence
 
 
 def count_hits(groups: Sequence[str], first: Sequence[bool], exact: Sequence[bool]) -> dict[str, list[float]]:
-    """What the questions of one direction showed, by the text or relation that they belong to, whose answers compete.
+    """Count the results of one direction's questions for each group (text or relation), whose answers compete.
 
-    `num_questions`; how many right answers were more probable than the others (`first`), and how many greedy decoding
-    gave token by token (`exact`); and how many a guess would have put first (`chance`).
+    Returns lists with an entry per group: `num_questions`; how many right answers ranked `first`; how many greedy
+    decoding gave (`exact`); and how many a random guess would rank first on average (`chance`), which is 1.
     """
     names = list(dict.fromkeys(groups))
 
@@ -292,12 +292,12 @@ def count_hits(groups: Sequence[str], first: Sequence[bool], exact: Sequence[boo
 
 
 def ask_places(subject: Subject, pairs: Sequence[ReversalPair], result: ReversalResult) -> dict[str, Any]:
-    """By place and direction the hits (`count_hits`): of the pairs, which the weights may know, and of fresh facts.
+    """Return the hits (`count_hits`) by place and direction: of pairs, for the weights, and of fresh facts, for others.
 
-    A model without memory has no figures for it.
+    A model without memory has no entry "memory".
 
     Raises:
-        UserError: there is no text, or a segment has no room for the facts and a question.
+        UserError: there is no text, or a segment is too short for the facts and a question.
     """
     model, settings = subject.model, subject.settings.reversal
     relations, size = [pair.relation for pair in pairs], settings.batch_size
@@ -315,7 +315,7 @@ def ask_places(subject: Subject, pairs: Sequence[ReversalPair], result: Reversal
 
 
 def _pose(tokenizer: Any, group: Sequence[ReversalPair], number: int, direction: Direction) -> Question:
-    """The question for one of a group's facts, with the answers of all."""
+    """Make the question for one fact of a group; all facts' answers are candidates."""
     answers = [getattr(pair, f"{direction}_answer") for pair in (group[number], *group[:number], *group[number + 1 :])]
     return pose_question(
         functools.partial(encode_text, tokenizer), getattr(group[number], f"{direction}_prompt"), answers
@@ -323,9 +323,10 @@ def _pose(tokenizer: Any, group: Sequence[ReversalPair], number: int, direction:
 
 
 def _ask_fresh_texts(subject: Subject) -> dict[str, dict[str, Any]]:
-    """Facts that only the text tells. They end its first segment; the question begins the next, or ends the same one.
+    """Ask for all facts, in both directions, of texts just read, which alone state them.
 
-    All facts of a text are asked for. Before them stands text of the subject's documents, whole sentences at its end.
+    The facts follow text of the subject's documents that ends at a sentence border. For "memory" they end the text's
+    only segment, and the question begins the next one; for "context" the question follows in the same segment.
     """
     model, settings, tokenizer = subject.model, subject.settings.reversal, subject.tokenizer
     num_facts, size = settings.facts_per_text, model.segment_length
@@ -335,16 +336,16 @@ def _ask_fresh_texts(subject: Subject) -> dict[str, dict[str, Any]]:
     groups = [pairs[begin : begin + num_facts] for begin in range(0, len(pairs), num_facts)]
     told = [np.concatenate([encode_text(tokenizer, pair.forward) for pair in group]) for group in groups]
     questions = {way: [[_pose(tokenizer, g, i, way) for g in groups] for i in range(num_facts)] for way in DIRECTIONS}
-    asks_here = "context" in settings.places  # then the question stands in the facts' segment
+    asks_here = "context" in settings.places  # whether to ask in the facts' own segment
     longest = max(one.num_tokens + 1 for asked in questions.values() for some in asked for one in some)
     room = size - asks_here * longest
     if room < (longest := max(map(len, told))):
         raise UserError(
-            f"reversal.places: {num_facts} facts and a question take {longest + size - room} tokens, a segment "
-            f"has {size}: reversal.facts_per_text must be smaller"
+            f"reversal.places: {num_facts} facts and a question take {longest + size - room} tokens, but a segment "
+            f"has {size}: lower reversal.facts_per_text"
         )
     if not subject.split.num_tokens:
-        raise UserError("reversal.places: there is no text to tell the facts in")
+        raise UserError("reversal.places: there is no text to put the facts into")
     borders, generator = SentenceBorders(tokenizer), np.random.default_rng(settings.seed)
 
     def fill(facts: NDArray[np.int64], size: int) -> NDArray[np.int64]:
@@ -378,7 +379,7 @@ def _ask_fresh_texts(subject: Subject) -> dict[str, dict[str, Any]]:
 
 
 def _list_candidates(pairs: Sequence[ReversalPair], direction: Direction) -> list[tuple[str, list[str]]]:
-    """For each pair its prompt, and its sentence followed by the same prompt with each wrong answer of its relation."""
+    """List for each pair its prompt and its candidates: the sentence, then the prompt with each wrong answer."""
     get_parts = attrgetter("relation", f"{direction}_prompt", f"{direction}_answer")
     parts: list[tuple[str, str, str]] = [get_parts(pair) for pair in pairs]
     right, answers = set(parts), dict[str, dict[str, None]]()  # a dict keeps the order
@@ -394,7 +395,7 @@ def _list_candidates(pairs: Sequence[ReversalPair], direction: Direction) -> lis
 def _read(
     encoded: dict[str, np.ndarray], losses: dict[str, np.ndarray], prompt: np.ndarray, candidates: list[str]
 ) -> PairLosses:
-    """What the model makes of one prompt's candidates, of which the first is right."""
+    """Collect the losses of one prompt's candidates, of which the first is right."""
     sentence, losses_of_right = encoded[candidates[0]], losses[candidates[0]]
     shared = max(1, count_shared([encoded[text] for text in candidates]))
     totals = np.array([losses[text][shared - 1 :].sum() for text in candidates])  # losses begin with the second token
@@ -415,11 +416,11 @@ TABLES = {
     "right answer first among the answers of its relation": ("{}_accuracy", "chance_accuracy"),
     "mean rank of the right answer": ("{}_mean_rank", "chance_mean_rank"),
 }
-"""The figures of each table, the first one in both directions; a row for all pairs, each kind and each relation."""
+"""The figures of each table, the first one in both directions."""
 
 
 def make_column(scores: dict[str, Any], key: str, title: str, group: str = "") -> Column:
-    """A figure with its interval, where it has one."""
+    """Make the column of a figure, with its interval if it has one."""
     low, high = scores["intervals"].get(key, (None, None))
     write = format_percent if key.endswith("accuracy") else format_number
     better = "higher" if key.endswith("accuracy") else "lower" if key.endswith("perplexity") else None
@@ -428,18 +429,18 @@ def make_column(scores: dict[str, Any], key: str, title: str, group: str = "") -
 
 @register_measure
 class ReversalCurse(Measure):
-    """What a model knows forward, as it was trained, against what it knows backward."""
+    """How well a model knows facts forward, as trained, and backward."""
 
     name = "reversal"
     title = "the reversal curse"
 
     def run(self, subject: Subject) -> dict[str, Any]:
-        """What `ReversalResult.to_dict` holds, `text` (which pairs they are) and `places` (the hits of each).
+        """Return `ReversalResult.to_dict`, plus `text` (facts about the pairs) and `places` (see `ask_places`).
 
-        Pairs whose forward sentence was taught are left out: their backward sentence was trained on, too.
+        Pairs that were taught backward (`data.reversal_taught`) are left out.
 
         Raises:
-            UserError: the file of pairs can't be read, and what `evaluate_reversal_curse` refuses.
+            UserError: the file of pairs can't be read, or `evaluate_reversal_curse` rejects them.
         """
         settings, own = subject.settings.reversal, get_reversal_pairs()
         taught = set(subject.facts.get("reversal_taught", ()))
@@ -472,14 +473,16 @@ class ReversalCurse(Measure):
         return found.to_dict() | {"text": text, "places": places}
 
     def columns(self, result: dict[str, Any]) -> list[Column]:
-        """Both directions, their ratio (1 is best) and gap (0 is best), and how often the right answer is first."""
+        """Return both perplexities, their ratio (1 is best) and gap (0 is best), and both accuracies."""
         titles = {f"{way}_perplexity": way for way in DIRECTIONS} | {"ratio": "ratio", "gap": "gap"}
         titles |= {f"{way}_accuracy": f"{way} first" for way in DIRECTIONS}
         return [make_column(result, key, title, "Reversal curse") for key, title in titles.items()]
 
     def contrasts(self, result: dict[str, Any]) -> dict[str, tuple[DocumentLosses, DocumentLosses]]:
-        """Shares of right answers: in weights those ranked first against a guess, elsewhere exact ones against those
-        with nothing read and, backward, the name ranked first among those just read; in each place backward − forward.
+        """Return pairs of hit rates for each place.
+
+        Weights: ranked first, compared with chance. Memory and context: exact answers compared with nothing read, and
+        backward also the share of names ranked first, compared with chance. All: exact answers backward and forward.
         """
         found: dict[str, tuple[DocumentLosses, DocumentLosses]] = {}
         places = dict(result.get("places", {}))
@@ -500,7 +503,7 @@ class ReversalCurse(Measure):
         return found
 
     def tables(self, result: dict[str, Any]) -> list[Table]:
-        """All pairs, each kind and each relation."""
+        """Return rows for all pairs, each kind and each relation; and the hit rates by place."""
         groups = {"all pairs": result}
         if len(result["by_kind"]) > 1:
             groups |= {f"{kind} facts": scores for kind, scores in result["by_kind"].items()}
@@ -525,31 +528,31 @@ class ReversalCurse(Measure):
         return tables
 
     def notes(self, result: dict[str, Any]) -> list[str]:
-        """Which pairs, and whether training held their forward sentences: what the comparison rests on."""
+        """State which pairs were measured, whether they were trained on, and how intervals were computed."""
         text, bootstrap, trained = result["text"], result["bootstrap"], result["text"]["num_trained"]
-        what = "It is unknown whether training held forward sentences."
+        what = "It is unknown whether the training text contained forward sentences."
         if trained is not None:
-            what = f"Training held {trained} sentences of the project's own pairs"
-            what += f"; {text['num_own']} of the pairs that were measured are among these pairs."
+            what = f"The training text contained {trained} sentences of the project's own pairs"
+            what += f"; {text['num_own']} of the measured pairs are the project's own."
         if text.get("num_taught"):
-            what += f" {text['num_taught']} pairs were taught backward as well, and are not measured."
+            what += f" {text['num_taught']} pairs were also taught backward, and are not measured."
         return [
             f"{text['num_pairs']} pairs in {text['num_relations']} relations. {what}",
-            f"{bootstrap['confidence']:.0%} intervals of {bootstrap['num_resamples']:,} bootstrap resamples.",
+            f"{bootstrap['confidence']:.0%} intervals from {bootstrap['num_resamples']:,} bootstrap resamples.",
         ]
 
     def charts(self, results: Sequence[ModelResult]) -> list[Chart]:
-        """How often the right answer is first, forward and backward."""
+        """Draw the share of right answers ranked first, forward and backward, and by place."""
         rows: list[dict[str, Any]] = []
         for name, result in results:
             for way in DIRECTIONS:
                 low, high = result["intervals"][f"{way}_accuracy"]
                 share = result[f"{way}_accuracy"]
                 rows.append({"model": name, "direction": way, "share": share, "low": low, "high": high})
-        caption = "Share of the pairs whose right answer ranks first among the answers of its relation."
+        caption = "Share of pairs whose right answer ranks first among the answers of its relation."
         axes: dict[str, Any] = {"x": "model", "y": "share", "series": "direction", "low": "low", "high": "high"}
         charts = [bar_chart("reversal", "The reversal curse", caption, rows, **axes, y_format=".0%")]
-        caption = "Share of the right answers that rank first. A guess is right as often as with the memory emptied."
+        caption = "Share of questions whose right answer ranks first. “Nothing read” is what the model guesses."
         for way in DIRECTIONS:
             rows = []
             for name, result in results:
@@ -562,7 +565,7 @@ class ReversalCurse(Measure):
         return charts
 
     def describe(self, result: dict[str, Any]) -> str:
-        """Both directions, ratio and gap."""
+        """State both perplexities, their ratio and gap, and both accuracies."""
         return (
             f"reversal: perplexity {result['forward_perplexity']:,.1f} forward and "
             f"{result['backward_perplexity']:,.1f} backward, ratio {result['ratio']:.3g}, gap {result['gap']:,.1f}; "

@@ -1,7 +1,7 @@
-"""The scorer under all measures: documents in, the loss of each scored token out, with its document and position.
+"""The scorer behind all measures: from documents to the loss of each scored token, with its document and position.
 
-`Scorer.score_windows` reads pieces of documents, each from an empty memory; `Scorer.score_streams` reads documents in
-consecutive segments with the memory carried. Both return `Scores`, from which a measure sums what it needs.
+`Scorer.score_windows` reads windows of documents, each from an empty memory; `Scorer.score_streams` reads documents in
+consecutive segments with the memory carried. Both return `Scores`, which each measure aggregates as it needs.
 """
 
 import contextlib
@@ -27,13 +27,13 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 """Makes the context in which the model computes, e.g. the autocast of training."""
 
 Progress = Callable[[int, int], None]
-"""Called after each batch with the tokens scored so far and the tokens to score in all."""
+"""Called after each batch with the tokens scored so far and in all."""
 
 Item = TypeVar("Item")
 
 
 class LanguageModel(Protocol):
-    """What a model must offer to be measured; `new_llm.models.TransformerLM` does."""
+    """The interface of models that can be measured, such as `new_llm.models.TransformerLM`."""
 
     def token_losses(
         self,
@@ -43,11 +43,11 @@ class LanguageModel(Protocol):
         *,
         update_memory: bool = False,
     ) -> Tensor:
-        """Loss in nats of the token after each position, [B, T]; 0 where there is no target."""
+        """Return the loss in nats of the token after each position, [B, T]; 0 where there is no target."""
         ...
 
     def fresh_memory(self, batch_size: int | None = None) -> AbstractContextManager[Any]:
-        """An empty memory inside the context, the held one back afterwards."""
+        """Use an empty memory inside the block and restore the held one afterwards."""
         ...
 
     def reset_rows(self, rows: Tensor) -> None:
@@ -56,22 +56,22 @@ class LanguageModel(Protocol):
 
     @property
     def segment_length(self) -> int:
-        """Tokens in a segment."""
+        """Tokens per segment."""
         ...
 
     def modules(self) -> Iterator[torch.nn.Module]:
-        """The model and all its parts."""
+        """Yield the model and all its submodules."""
         ...
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """The model's weights."""
+        """Yield the model's weights."""
         ...
 
 
 class Window(NamedTuple):
-    """One reading of part of a document: tokens [begin, end − 1) are read, [first_scored, end) predicted.
+    """A window on a document: tokens [begin, end − 1) are read and tokens [first_scored, end) are scored.
 
-    The tokens from `begin` to `first_scored` are context alone; the last token of a window is never read.
+    Tokens before `first_scored` are only context; the last token is only a target.
     """
 
     begin: int
@@ -80,14 +80,13 @@ class Window(NamedTuple):
 
 
 def plan_windows(length: int, context: int, stride: int | None = None) -> list[Window]:
-    """Sliding windows over a document that score every token but the first exactly once; none for fewer than two.
+    """Plan sliding windows over a document that score every token except the first exactly once.
 
-    Window i spans the `context` tokens from i · stride on and scores those of them that no earlier window
-    scored, so that each token is scored in the first window that reaches it. Every scored token has at least
-    context − stride tokens before it in its window, or all that the document has. These are the windows of
-    Hugging Face's guide "Perplexity of fixed-length models"; there, windows that do not overlap (stride =
-    context, the default) lose their first tokens. Here they do not: such windows also span the token after them, so
-    that the model still reads at most `context` tokens and nothing goes unscored.
+    Window i spans the `context` tokens from i · stride on. Each token is scored in the first window that reaches it,
+    with at least context − stride tokens of the window, or the whole document so far, before it. These are the windows
+    of Hugging Face's guide "Perplexity of fixed-length models", with one difference: if windows do not overlap
+    (stride = context, the default), the guide leaves the first token of each window unscored. Here such windows extend
+    one token further, so that every token is scored and the model still reads at most `context` tokens.
 
     Raises:
         ValueError: not 1 ≤ stride ≤ context.
@@ -95,7 +94,7 @@ def plan_windows(length: int, context: int, stride: int | None = None) -> list[W
     stride = context if stride is None else stride
     if not 1 <= stride <= context:
         raise ValueError(
-            f"stride {stride}, context {context}: 1 ≤ stride ≤ context is needed, or tokens would be skipped"
+            f"stride {stride}, context {context}: 1 ≤ stride ≤ context is required, or tokens would be skipped"
         )
     span = context if stride < context else context + 1
     windows: list[Window] = []
@@ -111,26 +110,26 @@ def plan_windows(length: int, context: int, stride: int | None = None) -> list[W
 
 
 def plan_rolling_windows(length: int, context: int) -> list[Window]:
-    """The windows of lm-evaluation-harness's rolling log-likelihood: every token but the first, exactly once.
+    """Plan the windows of lm-evaluation-harness's rolling log-likelihood, which score all tokens but the first once.
 
-    Windows score `context` tokens each and span one more, the token before them. The last window reaches back so that
-    it spans as many, too, and scores only what is left. `length` counts the prefix token that the document begins with.
+    Each window scores `context` tokens and spans one more, the token before them. The last window extends backwards to
+    the same span, but scores only the remaining tokens. `length` includes the prefix token.
     """
     ends = [*range(context + 1, length, context), length] if length > 1 else []
     return [Window(max(0, end - context - 1), end, max(1, begin)) for begin, end in pairwise([0, *ends])]
 
 
 class Reading(TypedDict, total=False):
-    """How documents are read, in every measure of perplexity.
+    """Options for reading documents, common to all perplexity measures.
 
     Attributes:
-        batch_size: windows or documents read at once; it does not change the result.
-        max_tokens: score whole documents, in order, while their scored tokens are at most so many; but at
-            least one document, which alone is cut short if it is longer. None: all.
+        batch_size: windows or documents read at once; does not change the result.
+        max_tokens: score whole documents, in order, as long as they have at most this many scored tokens in all. If
+            the first document alone has more, it is cut short. None: score all.
         autocast: makes the context in which the model computes.
         on_progress: called with the tokens scored so far and in all.
-        should_stop: asked after each batch; once it says True, the result is of what has been scored by then.
-        processes: those that share the work; every one of them gets the whole result.
+        should_stop: called after each batch; once it returns True, the result covers only what was scored until then.
+        processes: the processes that share the work; each gets the whole result.
     """
 
     batch_size: Required[int]
@@ -142,12 +141,12 @@ class Reading(TypedDict, total=False):
 
 
 class Scores(NamedTuple):
-    """The losses of one batch, three arrays of one length.
+    """Losses of tokens, three arrays [N].
 
     Attributes:
-        documents: index of each token's document in the list of documents.
-        positions: index of the token in its document.
-        losses: its negative log-likelihood in nats, float64.
+        documents: each token's document, as an index into the scored documents.
+        positions: each token's index in its document.
+        losses: each token's negative log-likelihood in nats, float64.
     """
 
     documents: NDArray[np.int64]
@@ -156,7 +155,7 @@ class Scores(NamedTuple):
 
 
 def join_rows(rows: Iterable[tuple[int, int, NDArray[np.float64]]]) -> Scores:
-    """Scores of rows of consecutive tokens, each (document, position of the first token, losses)."""
+    """Join rows of consecutive tokens, each (document, position of the first token, losses)."""
     found = list(rows) or [(0, 0, np.zeros(0))]
     return Scores(
         np.concatenate([np.full(len(losses), document, dtype=np.int64) for document, _, losses in found]),
@@ -166,16 +165,16 @@ def join_rows(rows: Iterable[tuple[int, int, NDArray[np.float64]]]) -> Scores:
 
 
 def join_scores(batches: Iterable[Scores]) -> Scores:
-    """Scores of several batches as one."""
+    """Concatenate the scores of several batches."""
     found = list(batches) or [join_rows([])]
     return Scores(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
 
 
 class Scorer:
-    """Reads documents with a model in evaluation mode, whose held memory is neither read nor changed.
+    """Scores documents with a model in evaluation mode; the model's held memory is neither read nor changed.
 
-    `max_tokens` is the caller's to apply: `select_documents`. `num_scored` are the tokens scored by this process so
-    far, and `is_stopped` says whether `should_stop` has ended the reading.
+    `max_tokens` is not applied here; callers use `select_documents`. `num_scored` counts the tokens that this process
+    has scored so far; `is_stopped` is whether `should_stop` has ended the reading.
     """
 
     def __init__(self, model: LanguageModel, documents: Sequence[NDArray[Any]], reading: Reading) -> None:
@@ -192,12 +191,12 @@ class Scorer:
         self.is_stopped = False
 
     def score_windows(self, plan: Callable[[int], list[Window]]) -> list[Scores]:
-        """Score the documents in windows, each read from an empty memory; a batch's scores each.
+        """Score the documents in windows, each read from an empty memory; return this process's scores by batch.
 
-        `plan` gives the windows of a document of this many tokens.
+        `plan` returns the windows of a document of a given length.
         """
         pieces = [(index, window) for index, tokens in enumerate(self.documents) for window in plan(len(tokens))]
-        pieces.sort(key=lambda piece: piece[1].begin - piece[1].end)  # those of one length share a batch: least padding
+        pieces.sort(key=lambda piece: piece[1].begin - piece[1].end)  # equal lengths share a batch: least padding
         batches = [pieces[begin : begin + self.batch_size] for begin in range(0, len(pieces), self.batch_size)]
         found: list[Scores] = []
         with evaluation_mode(self.model, self.autocast), self.model.fresh_memory():
@@ -210,13 +209,12 @@ class Scorer:
         return found
 
     def score_streams(self, segments_per_call: int) -> list[Scores]:
-        """Score the documents in consecutive segments, the memory carried; a call's scores each.
+        """Score the documents in consecutive segments with the memory carried; return this process's scores by call.
 
-        Each row reads one document with a memory of its own, and takes up the next unread document, from an empty
-        memory, when it has come to the end. Calls are cut at whole segments, so the segments are the same however
-        many a call holds.
+        Each row reads one document with its own memory; at its end it starts the next unread document with an empty
+        memory. Calls consist of whole segments, so `segments_per_call` does not change the result.
         """
-        # Longest first, so that few rows idle at the end.
+        # Longest first, so that few rows are idle at the end.
         by_length = sorted(range(len(self.documents)), key=lambda index: -len(self.documents[index]))
         own = by_length[self.processes.rank :: self.processes.count]
         per_call = segments_per_call * self.model.segment_length
@@ -226,7 +224,7 @@ class Scorer:
         with evaluation_mode(self.model, self.autocast), self.model.fresh_memory(batch_size=num_rows or None):
             for begins, batch in read_side_by_side(pieces, num_rows):
                 read = [cut_row(self.documents[piece[0]], piece[1]) for piece in batch if piece is not None]
-                # A row without a document repeats another's tokens, unscored, so that it costs no mask.
+                # A row without a document repeats another's tokens, unscored, which avoids a mask.
                 longest = max((row.tokens for row in read), key=len)
                 rest = iter(read)
                 rows = [Row(longest, len(longest)) if piece is None else next(rest) for piece in batch]
@@ -239,7 +237,7 @@ class Scorer:
         return found
 
     def note(self, scores: Scores) -> bool:
-        """Count a batch; True: stop."""
+        """Count a batch and report progress; return whether to stop."""
         self.num_scored += len(scores.losses)
         if self.on_progress:
             self.on_progress(self.num_scored, self.num_planned)
@@ -248,14 +246,14 @@ class Scorer:
 
 
 class ScoredDocuments(NamedTuple):
-    """The documents that are scored, each of one scored token or more.
+    """The documents to score, each with at least one scored token.
 
     Attributes:
-        indices: of the documents in the split.
-        tokens: of each document.
-        num_scored: tokens to score: all but each document's first, or all where a prefix stands before it.
-        num_bytes: bytes of their raw text; None where the document was cut short.
-        num_words: words of their raw text; None where the document was cut short.
+        indices: the documents' indices in the split.
+        tokens: each document's tokens, after the prefix if there is one.
+        num_scored: tokens to score: all except the first of each entry of `tokens`.
+        num_bytes: bytes of their raw text; None if the document was cut short.
+        num_words: words of their raw text; None if the document was cut short.
     """
 
     indices: list[int]
@@ -266,9 +264,12 @@ class ScoredDocuments(NamedTuple):
 
 
 def select_documents(split: TokenSplit, max_tokens: int | None, prefix: int | None = None) -> ScoredDocuments:
-    """Whole documents in order, as `Reading` says of max_tokens.
+    """Select whole documents in order, up to `max_tokens` as in `Reading`.
 
-    With a `prefix`, a token that is put before each document, its first token is scored, too.
+    `prefix` is a token to put before each document, so that the document's first token is scored, too.
+
+    Raises:
+        UserError: no document is long enough.
     """
     tokens: list[np.ndarray] = []
     indices: list[int] = []
@@ -295,21 +296,21 @@ def select_documents(split: TokenSplit, max_tokens: int | None, prefix: int | No
 
 
 def find_device(model: LanguageModel) -> torch.device:
-    """The device on which the model's weights lie, and where its inputs belong."""
+    """Return the device of the model's weights."""
     parameter = next(iter(model.parameters()), None)
     return torch.device("cpu") if parameter is None else parameter.device
 
 
 @contextlib.contextmanager
 def evaluation_mode(model: LanguageModel, autocast: Autocast = contextlib.nullcontext) -> Iterator[None]:
-    """No dropout and no gradients inside; afterwards each part of the model trains or not as before."""
+    """Disable dropout and gradients inside the block; restore each module's mode afterwards."""
     with set_mode(model, training=False), torch.inference_mode(), autocast():
         yield
 
 
 @contextlib.contextmanager
 def set_mode(model: LanguageModel, *, training: bool) -> Iterator[None]:
-    """Inside, all parts of the model train or none; afterwards each as before."""
+    """Set the mode of all modules inside the block; restore each module's own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in modes:
@@ -321,17 +322,17 @@ def set_mode(model: LanguageModel, *, training: bool) -> Iterator[None]:
 
 
 class Row(NamedTuple):
-    """One row of a batch: tokens [W], of which those from `first_scored` on, at least 1, are scored; W: none is."""
+    """One row of a batch: tokens [W], scored from index `first_scored` ≥ 1 on; W: none are scored."""
 
     tokens: np.ndarray
     first_scored: int = 1
 
 
 def choose_rows(lengths: Sequence[int], per_call: int, most: int, device: torch.device) -> int:
-    """Rows of a batch that reads documents of these lengths, longest first, `per_call` tokens a call: at most `most`.
+    """Choose how many documents, given by length, longest first, to read at once, `per_call` tokens at a time.
 
-    Rows that have no document left cost a CPU as much as the others, so there it is the number with the least work,
-    rows times calls and two rows' worth a call for what all calls take. A GPU has room for all.
+    On a GPU it is as many as possible, up to `most`. On a CPU, rows without a document left cost as much as others: the
+    choice minimises the work: (rows + 2) · calls, where 2 stands for the fixed cost of a call.
     """
     counts = range(1, min(most, len(lengths)) + 1)
     if device.type != "cpu":
@@ -347,9 +348,9 @@ def choose_rows(lengths: Sequence[int], per_call: int, most: int, device: torch.
 
 
 def read_side_by_side(texts: Iterable[Sequence[Item]], num_rows: int) -> Iterator[tuple[list[bool], list[Item | None]]]:
-    """Each row of a batch takes up the next unread text, a sequence of pieces, when it has come to the end of one.
+    """Read texts, each a sequence of pieces, in rows; a row that has finished a text starts the next unread one.
 
-    Yields, while there is a piece, which rows begin a text, and the next piece of each; None: nothing is left for it.
+    Yields for each batch which rows start a text, and the next piece of each row (None: no text is left).
     """
     unread = iter(texts)
     rows: list[deque[Item]] = [deque() for _ in range(num_rows)]
@@ -365,17 +366,17 @@ def read_side_by_side(texts: Iterable[Sequence[Item]], num_rows: int) -> Iterato
 
 
 def cut_row(tokens: np.ndarray, window: Window) -> Row:
-    """The row that reads and scores a window of a document's tokens."""
+    """Cut the row that reads and scores a window of a document."""
     return Row(tokens[window.begin : window.end], window.first_scored - window.begin)
 
 
 def pad_rows(
     rows: Sequence[Row], device: torch.device, width: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rows padded on the right as input ids [B, T], labels [B, T + 1] and the mask of real tokens; None: all are.
+    """Pad rows on the right to input ids [B, T], labels [B, T + 1] and a mask [B, T] of real tokens (None: no padding).
 
-    T is `width`, by default one less than the longest row, whose last token is a target alone. A shorter row reads its
-    last token too: a masked token is no target, and no earlier loss depends on it.
+    T is `width`, by default one less than the longest row, whose last token is only a target. Shorter rows also read
+    their last token, because a masked token can't be a target; this changes no earlier loss.
     """
     width = width or max(len(row.tokens) for row in rows) - 1
     input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
@@ -392,20 +393,20 @@ def pad_rows(
 def score_rows(
     model: LanguageModel, rows: Sequence[Row], *, width: int | None = None, update_memory: bool = False
 ) -> list[np.ndarray]:
-    """For each row of a batch the losses of tokens[first_scored:] in nats, float64.
+    """Return for each row the losses of tokens[first_scored:] in nats, float64.
 
-    The model is in evaluation mode, and the memory to read in place; with `update_memory` the held memory keeps what
-    the rows write. `pad_rows` says what `width` is.
+    The caller sets evaluation mode and the memory to read. `update_memory` keeps what the rows write; for `width` see
+    `pad_rows`.
     """
     input_ids, labels, mask = pad_rows(rows, find_device(model), width)
     losses = model.token_losses(input_ids, labels, mask, update_memory=update_memory)
     found = losses.cpu().double().numpy()
-    # The loss at position t is that of the token at t + 1.
+    # The loss at position t belongs to the token at t + 1.
     return [found[i, row.first_scored - 1 : len(row.tokens) - 1] for i, row in enumerate(rows)]
 
 
 def exp_or_inf(value: float) -> float:
-    """Exponential; infinite where a float can't hold it. NaN stays NaN."""
+    """Return exp(value), or infinity on overflow; NaN stays NaN."""
     try:
         return math.exp(value)
     except OverflowError:
@@ -413,7 +414,7 @@ def exp_or_inf(value: float) -> float:
 
 
 def count_shared(texts: Sequence[np.ndarray]) -> int:
-    """Leading tokens that all texts have in common."""
+    """Count the leading tokens that all texts have in common."""
     length = min(len(tokens) for tokens in texts)
     stacked = np.stack([tokens[:length] for tokens in texts])
     differs = (stacked != stacked[0]).any(axis=0)

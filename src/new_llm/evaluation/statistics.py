@@ -1,10 +1,11 @@
-"""Confidence intervals: Student's t over documents and seeds, a bootstrap over pairs or trials, Wilson's for shares.
+"""Confidence intervals: Student's t over documents and seeds, bootstrap over pairs or trials, Wilson's for proportions.
 
-Tokens of one document are not independent, and two models are measured on the same documents. So everything about
-perplexity is clustered by document, and models, or two ways to read one, are compared in pairs, by seed and document,
-in nats per token, told in percent of the perplexity. `compare_models` alone makes such comparisons. Fewer than
-MIN_DOCUMENTS documents or MIN_SEEDS seeds give no interval: so few say nothing about others. Seeds are of weights and
-order alone; the split of the documents is fixed.
+Tokens of one document are not independent, so standard errors of perplexities are clustered by document. Models are
+measured on the same documents, so `compare_models`, the only function that compares two models or two ways to read one,
+pairs them by seed and document. It computes differences in nats per token, which are reported as percentages of the
+perplexity. With fewer than MIN_DOCUMENTS documents or MIN_SEEDS seeds there is no interval, because so few say little
+about others. Seeds vary only the initial weights and the order of samples; the split into training and validation is
+fixed.
 """
 
 import math
@@ -19,17 +20,17 @@ from new_llm.evaluation.scoring import Scores, exp_or_inf
 
 Array = NDArray[np.float64]
 MIN_DOCUMENTS = 5
-"""Documents below which no interval over documents is given."""
+"""The fewest documents for an interval over documents."""
 MIN_SEEDS = 3
-"""Seeds from which a mean has an interval: that of two is ten times as wide as their distance, and says nothing."""
+"""The fewest seeds for an interval over seeds; with two it would be over ten times as wide as their distance."""
 MIN_CLAIM_SEEDS = 5
-"""Seeds from which a difference may be claimed; from fewer it is an indication."""
+"""The fewest seeds for claiming a difference; with fewer it is an indication."""
 POWER = 0.8
-"""How often the smallest visible effect would be detected."""
+"""The probability with which an effect of the smallest visible size would be detected."""
 
 
 class Estimate(NamedTuple):
-    """A figure and its interval, whose ends are None where there are too few items for one."""
+    """A figure and its confidence interval; the ends are None if there are too few items for one."""
 
     value: float
     low: float | None
@@ -37,12 +38,12 @@ class Estimate(NamedTuple):
 
 
 class DocumentLosses(NamedTuple):
-    """What two models are compared by: each document's tokens and total loss by range of distance from its start.
+    """Token count and total loss of each of D documents, in E ranges of distance from the document's start.
 
     Attributes:
         num_tokens: [D, E].
         total_nll: nats, [D, E].
-        range_starts: where the E ranges begin, in tokens.
+        range_starts: where the E ranges begin, in tokens; the last is open-ended.
     """
 
     num_tokens: NDArray[np.int64]
@@ -51,7 +52,7 @@ class DocumentLosses(NamedTuple):
 
     @classmethod
     def sum(cls, batches: Iterable[Scores], num_documents: int, range_starts: Sequence[int] = (0,)) -> Self:
-        """Of the scores of all batches; the last range is open."""
+        """Sum the scores of all batches by document and range."""
         shape = num_documents, len(range_starts)
         counts, losses = np.zeros(shape, np.int64), np.zeros(shape)
         for scores in batches:
@@ -63,29 +64,29 @@ class DocumentLosses(NamedTuple):
 
     @classmethod
     def read(cls, num_tokens: Sequence[Any], total_nll: Sequence[Any], range_starts: Sequence[int] = (0,)) -> Self:
-        """From the lists of a result, an entry per document: a number, or one for each range."""
+        """Make one from the lists of a result, whose entries per document are numbers, or lists with one per range."""
         counts, losses = np.array(num_tokens, np.int64), np.array(total_nll, np.float64)
         shape = (len(counts), len(range_starts))
         return cls(counts.reshape(shape), losses.reshape(shape), tuple(range_starts))
 
     def select(self, column: int | None) -> "DocumentLosses":
-        """One range alone, or all as one, [D, 1]."""
+        """Select one range, or sum all ranges if None; [D, 1]."""
         chosen = slice(None) if column is None else slice(column, column + 1)
         counts, losses = (part[:, chosen].sum(1, keepdims=True) for part in self[:2])
         return DocumentLosses(counts, losses, (self.range_starts[column or 0],))
 
 
 class Comparison(NamedTuple):
-    """One model's loss minus another's, nats per token; below 0 it is the better one.
+    """One model's loss minus another's in nats per token; below 0, the first model is better.
 
     Attributes:
         nats: the mean over seeds.
-        low: lower end of its interval; None: too few seeds or documents for one.
+        low: lower end of its interval; None if there are too few seeds or documents.
         high: upper end.
-        smallest_visible: the smallest difference, either way, that would be detected in POWER of all repetitions.
-        num_seeds: seeds that both were trained with.
-        num_documents: documents that have a token.
-        by_seed: the difference of each seed.
+        smallest_visible: the smallest true difference of either sign that would be detected with probability POWER.
+        num_seeds: seeds with which both were trained.
+        num_documents: documents with at least one token.
+        by_seed: the difference for each seed.
     """
 
     nats: float
@@ -98,25 +99,25 @@ class Comparison(NamedTuple):
 
     @property
     def estimate(self) -> Estimate:
-        """The difference with its interval."""
+        """The difference and its interval, in nats per token."""
         return Estimate(self.nats, self.low, self.high)
 
     @property
     def relative(self) -> Estimate:
-        """The ratio of the perplexities − 1, with its interval."""
+        """The ratio of the perplexities − 1, and its interval."""
         with np.errstate(over="ignore"):
             ends = (None if nats is None else float(np.expm1(nats)) for nats in (self.low, self.high))
             return Estimate(float(np.expm1(self.nats)), *ends)
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval leaves out 0."""
+        """Whether the interval excludes 0."""
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
     def describe(self, *, is_share: bool = False) -> str:
-        """The difference with its interval, and beside a null what would have been seen.
+        """Describe the difference and its interval and, unless it is clear, the smallest visible effect.
 
-        In nats, reported in percent of the perplexity; or a difference of shares, in percentage points.
+        The unit is percent of the perplexity; with `is_share`, for a difference of proportions, percentage points.
         """
         unit, convert = ("points", float) if is_share else ("%", math.expm1)
         text = f"{100 * convert(self.nats):+.1f} {unit}"
@@ -128,10 +129,10 @@ class Comparison(NamedTuple):
 
 
 def draw_resamples(num_items: int, num_resamples: int, seed: int) -> Array:
-    """How often each item is drawn in each resample, [num_resamples, num_items]; each row sums to num_items.
+    """Draw bootstrap resamples: how often each item occurs, [num_resamples, num_items]; each row sums to num_items.
 
-    One table for all figures of a measurement pairs them: a statistic of a resample is a function of the rows' sums
-    (`table @ values`), and the difference of two statistics is taken within a resample.
+    Using one table for all figures of a measurement pairs them: each statistic is a function of sums `table @ values`,
+    and differences are taken within a resample.
     """
     generator = np.random.default_rng(seed)
     chances = np.full(num_items, 1 / num_items)
@@ -139,26 +140,26 @@ def draw_resamples(num_items: int, num_resamples: int, seed: int) -> Array:
 
 
 def find_interval(statistics: Array, confidence: float) -> tuple[float, float]:
-    """The central share `confidence` of a statistic's resamples, [num_resamples]; NaN ones (empty groups) are left out.
+    """Return the percentile interval of a statistic's resamples, [num_resamples], ignoring NaN (empty groups).
 
-    Both ends are NaN where nothing is left.
+    Both ends are NaN if all resamples are.
 
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13 (the percentile interval).
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
     """
     known = statistics[~np.isnan(statistics)]
     if not len(known):
         return math.nan, math.nan
     tail = (1 - confidence) / 2
-    # Of infinite statistics (a perplexity that overflows) an interpolated quantile would be NaN.
+    # "nearest", because interpolating between infinite statistics (perplexities that overflow) would give NaN.
     low, high = np.quantile(known, [tail, 1 - tail], method="nearest")
     return float(low), float(high)
 
 
 def find_clustered_error(total_nll: NDArray[Any], num_tokens: NDArray[Any]) -> float | None:
-    """Standard error of the mean loss of a token, √(D/(D−1) · Σ_d (L_d − n_d L̄)²) / Σ_d n_d, clustered by document.
+    """Return the standard error of the mean loss per token: √(D/(D−1) · Σ_d (L_d − n_d L̄)²) / Σ_d n_d.
 
-    L and n are the total loss and the tokens of each document, [D]. Source: Cochran, Sampling Techniques, 1977, section
-    6.3 (a ratio estimate). None for fewer than MIN_DOCUMENTS documents.
+    It is clustered by document: L_d and n_d, [D], are each document's total loss and tokens. None for fewer than
+    MIN_DOCUMENTS documents. Source: Cochran, Sampling Techniques, 1977, section 6.3 (ratio estimates).
     """
     is_read = num_tokens > 0
     count = int(is_read.sum())
@@ -170,9 +171,9 @@ def find_clustered_error(total_nll: NDArray[Any], num_tokens: NDArray[Any]) -> f
 
 
 def estimate_perplexity(losses: DocumentLosses, confidence: float = 0.95) -> Estimate:
-    """exp of the mean loss of a token, all ranges together, with Student's interval over documents.
+    """Return exp(mean loss per token) over all ranges, with Student's t interval over documents.
 
-    The interval is that of the mean loss, whose variance is clustered (`find_clustered_error`), as in `compare_models`.
+    The interval is that of the mean loss, exponentiated; its standard error is `find_clustered_error`.
     """
     counts, total = (part[:, 0] for part in losses.select(None)[:2])
     loss, error = float(total.sum() / counts.sum()), find_clustered_error(total, counts)
@@ -185,20 +186,21 @@ def estimate_perplexity(losses: DocumentLosses, confidence: float = 0.95) -> Est
 def compare_models(
     one: Mapping[Any, DocumentLosses], other: Mapping[Any, DocumentLosses], confidence: float = 0.95
 ) -> Comparison | None:
-    """One model against another, paired by seed and document.
+    """Compare one model with another, paired by seed and document.
 
-    d_s is the difference of seed s, δ_j that of document j in the mean over seeds. Seeds and documents are both drawn
-    from more, so that the variance of the mean is var(d)/S + the clustered one of δ (`find_clustered_error`), which
-    counts their interaction twice and so is rather too wide. The interval is Student's, with the degrees of freedom of
-    Satterthwaite, Biometrics Bulletin 2, 1946. Of one seed it is over documents alone, of two there is none.
+    Let d_s be the difference for seed s, and δ_j that for document j averaged over seeds. Seeds and documents are both
+    samples, so the variance of the mean is var(d)/S plus the clustered variance of δ (`find_clustered_error`). This
+    counts the interaction of seeds and documents twice, which makes the interval rather too wide. The interval is
+    Student's t with Satterthwaite's degrees of freedom (Biometrics Bulletin 2, 1946). With one seed it covers other
+    documents only; with two there is none.
 
     Args:
-        one: its losses by seed, whose ranges are taken together.
-        other: the other's.
+        one: losses by seed; their ranges are summed.
+        other: the same for the model to compare with.
         confidence: of the interval.
 
     Returns:
-        None where they share no seed, or where some were measured on other tokens: their split was not fixed.
+        None if they have no seed in common, or were measured on different tokens (their split was not fixed).
     """
     seeds = [seed for seed in one if seed in other]
     pairs = [(one[seed].select(None), other[seed].select(None)) for seed in seeds]
@@ -217,7 +219,7 @@ def compare_models(
     if len(seeds) > 1:
         parts.append((float(by_seed.var(ddof=1)) / len(seeds), len(seeds) - 1))
     variance = sum(part for part, _ in parts)
-    if not math.isfinite(variance):  # of a model that broke
+    if not math.isfinite(variance):  # a model diverged
         return found
     freedom = int(variance**2 / sum(part**2 / free for part, free in parts)) if variance else num_documents - 1
     spread, quantile = math.sqrt(variance), _find_t_quantile(confidence, freedom)
@@ -226,9 +228,9 @@ def compare_models(
 
 
 def find_share_interval(num_hits: int, num_trials: int, confidence: float) -> tuple[float, float]:
-    """Wilson's interval of a share: (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n).
+    """Return Wilson's interval for a proportion: (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n).
 
-    Unlike the bootstrap's it has a width where all trials end alike. Source: Wilson, JASA 22, 1927.
+    Unlike a bootstrap interval, it has a width even if all trials agree. Source: Wilson, JASA 22, 1927.
     """
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     share, extra = num_hits / num_trials, z * z / num_trials
@@ -238,7 +240,7 @@ def find_share_interval(num_hits: int, num_trials: int, confidence: float) -> tu
 
 
 def find_t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | tuple[None, None]:
-    """Student's t interval of a mean, for the few seeds of a study; None, None for fewer than MIN_SEEDS values.
+    """Return Student's t interval of a mean, e.g. over seeds; (None, None) for fewer than MIN_SEEDS values.
 
     mean ± t · s / √n, with P(|T| ≤ t) = confidence for n − 1 degrees of freedom.
     """
@@ -251,7 +253,7 @@ def find_t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
 
 
 def _find_t_quantile(confidence: float, freedom: int) -> float:
-    """The t for which P(|T| ≤ t) is `confidence`, by bisection."""
+    """Find t with P(|T| ≤ t) = confidence, by bisection."""
     low, high = 0.0, 1.0
     while _student_within(high, freedom) < confidence:
         high *= 2
@@ -262,7 +264,7 @@ def _find_t_quantile(confidence: float, freedom: int) -> float:
 
 
 def _student_within(t: float, freedom: int) -> float:
-    """P(|T| ≤ t) of Student's distribution with whole degrees of freedom.
+    """Return P(|T| ≤ t) for Student's t distribution with an integer number of degrees of freedom.
 
     Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 1964, equations 26.7.3 and 26.7.4.
     """

@@ -85,13 +85,10 @@ class TrainerState:
 
 
 class Checkpoint(NamedTuple):
-    """The contents of a checkpoint.
+    """The contents of a checkpoint: weights by parameter name, the counters, and `values`.
 
-    Attributes:
-        weights: by parameter name.
-        values: `optimizer` (keyed by parameter name), `scheduler`, `memory` (as of `get_memory_state`, with all rows),
-            `memory_rows` (None: all rows share one memory) and `random_states` (of the main process).
-        state: the counters.
+    `values` has `optimizer` (keyed by parameter name), `scheduler`, `memory` (as of `get_memory_state`, with all rows),
+    `memory_rows` (None: all rows share one memory) and `random_states` (of the main process).
     """
 
     weights: dict[str, Tensor]
@@ -136,11 +133,7 @@ def write_checkpoint_folder(folder: Path, step: int, epoch: int, *, keep: int) -
 
 
 def find_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """Return the newest undamaged checkpoint, or None if there are none; report damaged ones to `warn` in one line.
-
-    Raises:
-        UserError: all are damaged.
-    """
+    """Return the newest undamaged checkpoint, or None; warn about damaged ones. If all are damaged: a `UserError`."""
     remove_leftovers(folder / CHECKPOINTS_FOLDER)
     damaged = list[str]()
     for path in list_checkpoints(folder):
@@ -248,12 +241,7 @@ def load_checkpoint(
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint's files.
-
-    Raises:
-        UserError: the checkpoint has another version.
-        Exception: whatever a library raises for a broken file.
-    """
+    """Read a checkpoint's files. Another version raises a `UserError`; a broken file, any library's error."""
     state = read_mapping(path / STATE_FILE)
     if state.get("format_version") != FORMAT_VERSION:
         raise UserError(
@@ -313,10 +301,7 @@ def share_weights(weights: dict[str, Tensor], model: nn.Module, processes: Proce
 
 
 def gather_memory(model: TransformerLM, processes: Processes) -> tuple[dict[int, dict[str, Any]], int | None]:
-    """Return the memory state with the rows of all processes in order, and their number (None: one shared memory).
-
-    All processes must call this.
-    """
+    """Gather the memory state, with all processes' rows in order, and the number of rows (None: one shared memory)."""
     rows = model.memory_rows
     own = model.get_memory_state()
     states = processes.gather(own) if rows else [own]

@@ -38,16 +38,10 @@ class TrainingError(RuntimeError):
 
 @dataclass
 class Step:
-    """An optimizer step.
+    """An optimizer step. `step` and `epoch` count from 1; `batch` counts the epoch's batches before it.
 
-    Attributes:
-        step: its number, from 1.
-        epoch: its epoch, from 1.
-        batch: the epoch's batches before it.
-        num_tokens: its predicted tokens, over all processes.
-        batches: what this process read, on the host.
-        loss: the mean over its tokens in nats; NaN until it is read from the device.
-        grad_norm: before clipping; NaN until it is read from the device.
+    `num_tokens` are its predicted tokens over all processes, `batches` what this process read, on the host. `loss`
+    (the mean in nats) and `grad_norm` (before clipping) are NaN until they are read from the device.
     """
 
     step: int

@@ -56,12 +56,7 @@ class BatchLoss(nn.Module):
 
 
 class PreparedTraining(NamedTuple):
-    """What a training step uses.
-
-    Attributes:
-        batch_loss: a `BatchLoss`, wrapped by DDP or FSDP if there are several processes.
-        structure: of a sharded model, as `shard_weights` returns it; else None.
-    """
+    """What a training step uses. `structure` describes a sharded model (see `shard_weights`); else it is None."""
 
     accelerator: Accelerator
     batch_loss: nn.Module
@@ -77,12 +72,9 @@ def prepare_training(
     precision: str,
     processes: Processes,
 ) -> PreparedTraining:
-    """Move the model to its device and wrap it as configured.
+    """Move the model to its device and wrap it as configured. Raise a `UserError` if its weights can't be sharded.
 
     A model to be sharded is never whole on any device. On processes other than the main one it may be on `meta`.
-
-    Raises:
-        UserError: the weights can't be sharded.
     """
     is_sharded = config.sharding == "fsdp" and processes.count > 1
     finds_unused = processes.count > 1 and not is_sharded and has_unused_parameters(model, loss_fn)
@@ -116,10 +108,9 @@ def prepare_training(
 
 
 def has_unused_parameters(model: TransformerLM, loss_fn: LossFunction) -> bool:
-    """Return whether some sample gives a trained parameter no gradient, so that DDP must look for unused parameters.
+    """Return whether a sample may give a trained parameter no gradient, so that DDP must search for it (which is slow).
 
-    Tried with one segment and an empty memory, which uses the fewest parameters: no later segment reads what the
-    parameters of memory writes have written. DDP's search costs time, so it is only enabled if needed.
+    The test is one segment from an empty memory, which uses the fewest parameters: nothing reads what it writes.
     """
     ids, was_training = torch.zeros(1, 2, dtype=torch.int64), model.training
     sample = Batch(ids, F.pad(ids, (0, 1)), None, torch.ones(1, dtype=torch.bool), num_targets=2)
@@ -240,9 +231,8 @@ class ShardedModel:
 def group_parameters(model: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
     """Group the trainable parameters by weight decay and learning rate.
 
-    - decayed: weight matrices.
-    - undecayed: norms, biases, and the matrices of `Layer.undecayed_parameters` (e.g. expansion gates).
-    - gates: memory gates, bank weights and the α of adapters; no decay, and their own learning rate.
+    Weight matrices are decayed. Norms, biases and `Layer.undecayed_parameters` (e.g. expansion gates) are not. Memory
+    gates, bank weights and the α of adapters are not decayed, either, and have their own learning rate.
     """
     layers = [module for module in model.modules() if isinstance(module, Layer)]
     gates = {id(parameter) for layer in layers for parameter in layer.gate_parameters()}

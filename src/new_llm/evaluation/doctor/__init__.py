@@ -1,6 +1,6 @@
-"""The doctor: checks of a trained model and its data, one function per fault that has made readings wrong before.
+"""The doctor: checks of a trained model and its data, each for a fault that has made measurements wrong before.
 
-Checks never change the model; its mode, segment length and held memory are restored afterwards.
+Checks never change the model; they restore its mode, segment length and held memory.
 """
 
 import dataclasses
@@ -26,20 +26,20 @@ class Doctor(Measure):
     title = "self-check"
 
     def run(self, subject: Subject) -> dict[str, Any]:
-        """Run the checks: their `findings` in order, each with the fields of `Finding`, and `num_...` of each level.
+        """Run the checks; return `findings` in order, with the fields of `Finding`, and `num_ok`, `num_warning` etc.
 
-        `subject.split` is real text that the model was not trained on. Without `subject.training` the checks of the
+        `subject.split` must be real text that the model was not trained on. Without `subject.training`, checks of the
         training data are skipped.
 
         Raises:
             UserError: a check's name is unknown, or the text is too short.
         """
-        if isinstance(subject.model, CachedModel):  # the model is examined without its cache
+        if isinstance(subject.model, CachedModel):  # examine the model without its cache
             subject = dataclasses.replace(subject, model=subject.model.model)
         chosen, exam = subject.settings.doctor.checks, Examination(subject)
         for name in chosen:
             if name not in CHECKS:
-                raise UserError(f"checks: {name!r} is unknown; known are {', '.join(CHECKS)}")
+                raise UserError(f"checks: unknown check {name!r}; known checks are {', '.join(CHECKS)}")
         checks = {name: check for name, check in CHECKS.items() if not chosen or name in chosen}
         findings: dict[str, Finding] = {}
         for number, (name, check) in enumerate(checks.items(), start=1):
@@ -59,7 +59,7 @@ class Doctor(Measure):
         return {**levels, "findings": [dataclasses.asdict(finding) for finding in findings.values()]}
 
     def columns(self, result: dict[str, Any]) -> list[Column]:
-        """How many checks came to what."""
+        """Return the number of findings of each level."""
         titles = {"ok": "ok", "warning": "warnings", "fault": "faults", "skipped": "skipped"}
         return [
             Column(level, title, result[f"num_{level}"], format_count, group="Self-check")
@@ -67,12 +67,12 @@ class Doctor(Measure):
         ]
 
     def describe(self, result: dict[str, Any]) -> str:
-        """Whether a fault was found."""
+        """State which checks found a fault."""
         faults = [finding["check"] for finding in result["findings"] if finding["level"] == "fault"]
         return f"self-check: fault in {', '.join(faults)}" if faults else "self-check: no fault was found"
 
     def notes(self, result: dict[str, Any]) -> list[str]:
-        """What each check found, and what to do unless all is well."""
+        """State each check's finding and, unless it is ok, what to do."""
         notes: list[str] = []
         for finding in result["findings"]:
             notes.append(f"{finding['level']}: {finding['check']}: {finding['found']}")

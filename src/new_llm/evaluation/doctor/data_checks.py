@@ -1,4 +1,4 @@
-"""Checks of what a model was trained on: aligned labels, memory reset between documents, and splits kept apart."""
+"""Checks of the training data: aligned labels, memory reset between documents, and disjoint splits."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -12,22 +12,22 @@ from new_llm.data.tokenizer import TokenSplit, encode_text
 from new_llm.evaluation.doctor.registry import Examination, Finding, fault, ok, register_check, skip, warn
 
 MAX_BATCHES = 64
-SPAN_TOKENS = 50  # of a passage that training and validation must not share
-OVERLAP_SHARE = 0.01  # of validation's spans, from which overlap is a fault rather than a warning
-COPIED_SHARE = 0.5  # of one validation document's spans, from which it counts as copied, which is a fault
+SPAN_TOKENS = 50  # training and validation should share no passage of this length
+OVERLAP_SHARE = 0.01  # from this share of all validation spans on, overlap is a fault instead of a warning
+COPIED_SHARE = 0.5  # from this share of its spans on, a validation document counts as copied, which is a fault
 EXAMPLE_CHARACTERS = 160
 BLOCK_TOKENS = 1 << 20
-"""Windows hashed at once."""
+"""How many windows to hash at once."""
 HASH_BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
 @register_check("record", needs_data=True)
 def check_record(exam: Examination) -> Finding:
-    """Text, splits or a tokenizer that are not those of the run."""
+    """Text, splits or a tokenizer that differ from the run's."""
     if not exam.data.differences:
-        return ok(f"{len(exam.data.facts)} fingerprints agree with the run's")
+        return ok(f"{len(exam.data.facts)} fingerprints match the run's")
     return warn(
-        f"{'; '.join(exam.data.differences)}: what follows describes other data than the run's",
+        f"{'; '.join(exam.data.differences)}: the other checks examine data that differ from the run's",
         "restore the source and the package versions of the run, then run the doctor again",
     )
 
@@ -50,12 +50,13 @@ def check_batches(exam: Examination) -> Finding:
     found = f"{num_labels:,} labels in {num_batches} batches"
     if misaligned:
         return fault(
-            f"{misaligned:,} of {found} are not the token at their place: the data shifts labels before the loss does",
+            f"{misaligned:,} of {found} differ from the token at their position: the data shifts the labels, and so "
+            "does the loss",
             "pass the tokens themselves as labels",
         )
     if unreset:
         return fault(
-            f"{unreset} rows in {num_batches} batches start another document without a reset: memory is carried into "
+            f"{unreset} rows in {num_batches} batches start a new document without a reset: memory is carried into "
             "unrelated text",
             "reset a row's memory wherever its document changes",
         )
@@ -63,17 +64,17 @@ def check_batches(exam: Examination) -> Finding:
 
 
 def _count_misaligned(batch: Batch) -> int:
-    """Labels that differ from the token at their position, or are where there is no token."""
+    """Count labels that differ from the token at their position, or have no token there."""
     ids, labels = batch.input_ids, batch.labels
     mask = torch.ones_like(ids, dtype=torch.bool) if batch.attention_mask is None else batch.attention_mask
-    behind = torch.nn.functional.pad(~mask, (0, 1), value=False)  # the place right after the tokens may have a label
+    behind = torch.nn.functional.pad(~mask, (0, 1), value=False)  # the first position after the tokens may have a label
     behind[:, 1:] &= torch.nn.functional.pad(~mask, (0, 1), value=True)[:, :-1]
     wrong = (labels[:, :-1] != ids) & mask
     return int(wrong.sum()) + int(((labels != IGNORED_LABEL) & behind).sum())
 
 
 def _count_missing_resets(before: Batch | None, batch: Batch) -> int:
-    """Rows without a reset that do not start with the token their row's last sample ended before."""
+    """Count rows that continue without a reset, but not with the token after the row's last sample."""
     lengths = torch.full((len(batch.input_ids),), batch.input_ids.shape[1])
     if batch.attention_mask is not None:
         lengths = batch.attention_mask.sum(1)
@@ -91,13 +92,13 @@ def check_documents(exam: Examination) -> Finding:
     shared = find_shared_documents(train, validation)
     counted = f"{validation.num_documents:,} validation and {train.num_documents:,} training documents"
     if not shared:
-        return ok(f"{counted}, none in both")
+        return ok(f"{counted}, none of them in both")
     index, other = shared[0]
     return fault(
-        f"{len({twin for _, twin in shared}):,} of {counted} are the same, such as validation document {other} "
+        f"{len({twin for _, twin in shared}):,} of {counted} are in both, e.g. validation document {other} "
         f"(training document {index}): "
         f"{_quote(exam, validation.document(other))}; validation measures memorised text",
-        "remove duplicate documents before the text is split",
+        "remove duplicate documents before splitting the text",
     )
 
 
@@ -120,7 +121,7 @@ def check_spans(exam: Examination) -> Finding:
     tokens = validation.tokens[places[longest[0]] : places[longest[0]] + SPAN_TOKENS]
     judge = fault if share >= OVERLAP_SHARE or has_copy else warn
     return judge(
-        f"{found} ({100 * share:.2g}%, in {int((held > 0).sum()):,} documents) are in training, such as "
+        f"{found} ({100 * share:.2g}%, in {int((held > 0).sum()):,} documents) are in training, e.g. "
         f"{_quote(exam, tokens)}: their perplexity is too low",
         "look for copies, quotations and boilerplate, and keep texts that share them in one split",
     )
@@ -131,20 +132,20 @@ def check_reversal(exam: Examination) -> Finding:
     """Backward sentences of the reversal pairs in training, or forward ones in validation."""
     pairs = exam.data.pairs
     if not pairs:
-        return skip("training held no reversal pairs")
+        return skip("the training split contains no reversal pairs")
     held = _find_sentences(exam, exam.data.train, [pair.forward for pair in pairs])
     backward = _find_sentences(exam, exam.data.train, [pair.backward for pair in pairs])
     forward = _find_sentences(exam, exam.data.validation, [pair.forward for pair in pairs])
     if backward:
         return fault(
-            f"{len(backward)} of {len(pairs)} backward sentences are in training, such as "
+            f"{len(backward)} of {len(pairs)} backward sentences are in training, e.g. "
             f"{pairs[backward[0]].backward!r}: the reversal curse is measured on trained text",
             "remove these texts from training, or measure other pairs (--pairs)",
         )
     if forward:
         return fault(
-            f"{len(forward)} of {len(pairs)} forward sentences are in validation, such as "
-            f"{pairs[forward[0]].forward!r}: they were trained on",
+            f"{len(forward)} of {len(pairs)} forward sentences are in validation, e.g. "
+            f"{pairs[forward[0]].forward!r}: validation includes text that was trained on",
             "keep the forward sentences out of validation",
         )
     if len(held) < len(pairs):
@@ -153,13 +154,13 @@ def check_reversal(exam: Examination) -> Finding:
             "say nothing about reversal",
             "check data.reversal_pairs and the source",
         )
-    return ok(f"all {len(pairs)} pairs are forward in training, none backward, and none in validation")
+    return ok(f"all {len(pairs)} forward sentences are in training, no backward ones, and none are in validation")
 
 
 def _find_sentences(exam: Examination, split: TokenSplit, sentences: Sequence[str]) -> list[int]:
-    """The sentences that occur in a split, at a document's start or after other words.
+    """Return the indices of the sentences that occur in a split, at a document's start or after other words.
 
-    The full stop is left out: it may share a token with what follows it.
+    The full stop is omitted, because it may share a token with the text after it.
     """
     bare = [sentence.rstrip(".") for sentence in sentences]
     texts = [*bare, *(f" {sentence}" for sentence in bare)]
@@ -172,11 +173,11 @@ def _quote(exam: Examination, tokens: NDArray[np.integer]) -> str:
     return repr(text if len(text) <= EXAMPLE_CHARACTERS else f"{text[: EXAMPLE_CHARACTERS - 1]}…")
 
 
-# Text that two splits share: every window is hashed to 64 bits, in one pass over each split
+# Text that two splits share: all windows are hashed to 64 bits, in one pass over each split
 
 
 def find_shared_documents(train: TokenSplit, validation: TokenSplit) -> list[tuple[int, int]]:
-    """(training document, validation document) pairs with the same tokens."""
+    """Find pairs (training document, validation document) with the same tokens."""
     known: defaultdict[bytes, list[int]] = defaultdict(list)
     for index in np.flatnonzero(validation.lengths).tolist():
         known[validation.document(index).astype("<u4").tobytes()].append(index)
@@ -187,7 +188,7 @@ def find_shared_documents(train: TokenSplit, validation: TokenSplit) -> list[tup
 def find_shared_spans(
     train: TokenSplit, validation: TokenSplit, length: int
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """The places of all windows of `length` tokens in validation documents, and which of them are in training."""
+    """Return the places of all windows of `length` tokens in validation, and whether each also occurs in training."""
     empty = (np.zeros(0, np.int64), np.zeros(0, np.uint64))
     places, hashes = (np.concatenate(parts) for parts in zip(empty, *hash_windows(validation, length), strict=True))
     keys, inverse = np.unique(hashes, return_inverse=True)
@@ -198,9 +199,9 @@ def find_shared_spans(
 
 
 def find_sequences(split: TokenSplit, sequences: Sequence[NDArray[np.int64]]) -> set[int]:
-    """The indices of the sequences of tokens that occur inside a document.
+    """Return the indices of the token sequences that occur within a document.
 
-    Windows as long as the shortest sequence are hashed; the rest is compared token by token.
+    Windows of the shortest sequence's length are hashed; matches are then compared token by token.
     """
     shortest = min((len(sequence) for sequence in sequences if len(sequence)), default=0)
     beginnings: defaultdict[int, list[int]] = defaultdict(list)
@@ -216,18 +217,18 @@ def find_sequences(split: TokenSplit, sequences: Sequence[NDArray[np.int64]]) ->
 
 
 Windows = Iterator[tuple[NDArray[np.int64], NDArray[np.uint64]]]
-"""Blocks of (places of the windows' first tokens, hashes)."""
+"""Blocks of (indices of the windows' first tokens, hashes)."""
 
 
 def match_windows(split: TokenSplit, length: int, keys: NDArray[np.uint64]) -> Windows:
-    """The windows of a split whose hash is among the sorted keys."""
+    """Yield the windows of a split whose hash is among the sorted keys."""
     for places, hashes in hash_windows(split, length) if len(keys) else ():
         known = keys[np.searchsorted(keys, hashes).clip(max=len(keys) - 1)] == hashes
         yield places[known], hashes[known]
 
 
 def hash_windows(split: TokenSplit, length: int) -> Windows:
-    """All windows of `length` tokens inside documents, a block at a time."""
+    """Yield all windows of `length` tokens within documents, block by block."""
     for begin in range(0, max(0, split.num_tokens - length + 1), BLOCK_TOKENS):
         hashes = hash_tokens(np.asarray(split.tokens[begin : begin + BLOCK_TOKENS + length - 1]), length)
         places = np.arange(begin, begin + len(hashes), dtype=np.int64)
@@ -236,8 +237,8 @@ def hash_windows(split: TokenSplit, length: int) -> Windows:
 
 
 def hash_tokens(tokens: NDArray[np.integer], length: int) -> NDArray[np.uint64]:
-    """A 64-bit hash of each window of `length` tokens: Σ_j mix(t_j) b^(length − 1 − j) modulo 2^64."""
-    # Ids are spread over 64 bits first (the finaliser of splitmix64), so that sums of them hardly ever collide.
+    """Hash each window of `length` tokens to 64 bits: Σ_j mix(t_j) b^(length − 1 − j) mod 2^64."""
+    # mix (splitmix64's finaliser) first spreads the ids over 64 bits, so that their sums hardly ever collide.
     mixed = (tokens.astype(np.uint64) + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed ^= mixed >> np.uint64(31)
@@ -250,5 +251,5 @@ def hash_tokens(tokens: NDArray[np.integer], length: int) -> NDArray[np.uint64]:
 
 
 def find_documents(split: TokenSplit, places: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The documents that the tokens at these places belong to."""
+    """Return the documents that contain the tokens at these places."""
     return np.searchsorted(split.offsets, places, side="right") - 1

@@ -1,4 +1,4 @@
-"""Checks of the model: its weights, losses and logits, and what it holds between calls."""
+"""Checks of the model: its weights, losses and logits, and its memory between calls."""
 
 import copy
 import functools
@@ -35,14 +35,14 @@ from new_llm.models import TransformerLM
 from new_llm.models.inputs import IGNORE_INDEX
 from new_llm.models.layers import CompressiveAttention
 
-CONTEXT = 1024  # tokens in a window of the check of skill
+CONTEXT = 1024  # tokens per window in check_skill
 LOSS_MARGIN = 0.02  # nats by which autocast may change the mean loss
 SHIFT_MARGIN = 0.05  # nats by which the losses of two label shifts must differ to count
 SHIFT_WINDOW = 256
 MAX_LOGITS = 1 << 24
-"""Logits held at once."""
+"""The most logits to hold at once."""
 MAX_COUNTED = 1 << 24
-"""Training tokens from which token frequencies are counted."""
+"""The most training tokens to count token frequencies from."""
 SHIFT_MEANINGS = {
     -1: "it predicts the token before the one it reads",
     0: "it predicts the token it reads: labels were not shifted in training",
@@ -52,13 +52,13 @@ SHIFT_MEANINGS = {
 NUM_PAIRS = 2
 NUM_NEW_TOKENS = 12
 GATE_MARGIN = 0.16
-"""A gate sigmoid(β) has not moved if its β has changed by less than this: 0.46 to 0.54 for one that began at 0.5, 0.86
-to 0.90 for one that began at 0.88."""
-ALPHA_MARGIN = 1e-3  # an adapter whose α is nearer to 0 than this adds nothing
-SCALE_TOLERANCE = 1e-3  # by which M / z may change
+"""A gate sigmoid(β) has not moved if its β has changed by less than this, e.g. from 0.5 to within 0.46–0.54, or from
+0.88 to within 0.86–0.90."""
+ALPHA_MARGIN = 1e-3  # an adapter whose |α| is below this adds nothing
+SCALE_TOLERANCE = 1e-3  # the relative change allowed in M / z
 SEGMENTS_PER_CALL = 8
 PATH_FAULTS = ("weights", "modes", "evaluation", "memory", "causality", "rows")
-"""With one of these faults the parallel path is no yardstick for streams and generation."""
+"""With any of these faults the parallel path is not a valid reference for streams and generation."""
 
 
 @register_check("weights")
@@ -70,12 +70,12 @@ def check_weights(exam: Examination) -> Finding:
     rows = exam.model.vocab_size
     if broken:
         return fault(
-            f"{len(broken)} tensors are not finite, the first is {broken[0]}: training diverged or the file is damaged",
+            f"{len(broken)} tensors are not finite, first {broken[0]}: training diverged or the file is damaged",
             "use an earlier checkpoint, or train with a lower learning rate",
         )
     if largest >= rows:
         return fault(
-            f"the tokenizer has ids up to {largest}, the model only {rows} embeddings: it is another model's tokenizer",
+            f"the tokenizer has ids up to {largest}, the model only {rows} embeddings: they don't belong together",
             "use the tokenizer that the model was trained with",
         )
     return ok(f"{count:,} finite parameters; {rows:,} embeddings for token ids up to {largest:,}")
@@ -83,7 +83,7 @@ def check_weights(exam: Examination) -> Finding:
 
 @register_check("modes", after=("weights",))
 def check_modes(exam: Examination) -> Finding:
-    """Evaluation that is random, or a training mode or autocast that computes another model."""
+    """Random evaluation, or a training mode or autocast that computes something other than evaluation."""
     ids = exam.take_segments()
 
     def read(*, training: bool, seed: int) -> Tensor:
@@ -100,34 +100,34 @@ def check_modes(exam: Examination) -> Finding:
         cast = abs(mean_loss(read(training=False, seed=0)) - mean_loss(first))
     if repeated > exam.allowed(first):
         return fault(
-            f"logits differ by {repeated:.2g} when the same text is read again: the model is random in evaluation",
+            f"logits differ by {repeated:.2g} when the same text is read again: evaluation is random",
             "look for dropout that ignores self.training",
         )
     if trained > exam.allowed(first):
         has_dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in exam.model.modules())
         judge = warn if has_dropout and not exam.own_model else fault
         return judge(
-            f"training mode changes logits by {trained:.2g}: training fits another model than evaluation measures",
-            "don't compare training with validation losses" if has_dropout else "use one forward pass for both",
+            f"training mode changes logits by {trained:.2g}: evaluation does not measure the model that is trained",
+            "don't compare training with validation losses" if has_dropout else "use the same forward pass for both",
         )
     if cast > LOSS_MARGIN:
         return warn(
             f"autocast changes the mean loss by {cast:.2g} nats: losses with and without it can't be compared",
             "measure in the precision the model was trained in",
         )
-    return ok("the same logits when read again and in training mode; autocast keeps the loss")
+    return ok("logits are the same when read again and in training mode; autocast does not change the loss")
 
 
 @register_check("labels", after=("weights",))
 def check_labels(exam: Examination) -> Finding:
-    """A loss that is not that of the next token, judged from the logits alone."""
+    """A loss that differs from the next token's loss, recomputed from the logits."""
     ids = exam.take_rows(NUM_ROWS, exam.config.segment_tokens + 2)
     ids = ids[:, : min(ids.shape[1], exam.model.segment_length + 1)]
     with exam.probing():
         logits = exam.read(ids[:, :-1])
         expected = -logits.double().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)  # [B, T]
         last_open, one_ignored, masked = expected.clone(), expected.clone(), ids.clone()
-        last_open[:, -1] = 0  # without a further label the last position has no target
+        last_open[:, -1] = 0  # labels of the same length give the last position no target
         one_ignored[:, 1], masked[:, 2] = 0, IGNORE_INDEX
         differences: dict[str, float] = {}
         for name, labels, wanted in (
@@ -140,17 +140,17 @@ def check_labels(exam: Examination) -> Finding:
                 differences[name] = find_difference(exam.model.token_losses(ids[:, :-1], labels), wanted)
     worst = max(differences, key=lambda name: differences[name])
     if differences[worst] <= exam.allowed(logits, is_rounded=True):
-        return ok(f"losses are those of the next token, to {differences[worst]:.2g} nats")
+        return ok(f"losses match the next token's, to {differences[worst]:.2g} nats")
     return fault(
-        f"losses differ by {differences[worst]:.2g} nats from those of the next token ({worst}): "
+        f"losses differ by {differences[worst]:.2g} nats from the next token's ({worst}): "
         "every perplexity of this model is wrong",
-        "pass the tokens themselves as labels; the model's loss shifts them, and nothing else may",
+        "pass the tokens themselves as labels; only the model's loss may shift them",
     )
 
 
 @register_check("shift", after=("weights", "labels"))
 def check_shift(exam: Examination) -> Finding:
-    """A model trained on wrongly shifted labels: another token than the next one is predicted best."""
+    """Training on wrongly shifted labels: some token other than the next is predicted best."""
     losses = _measure_shifts(exam)
     means = {shift: float(values.mean()) for shift, values in losses.items()}
     best, second = sorted(means, key=lambda shift: means[shift])[:2]
@@ -160,18 +160,18 @@ def check_shift(exam: Examination) -> Finding:
     found = "loss at shift " + ", ".join(f"{shift}: {value:.2f}" for shift, value in means.items())
     if best == 1 and is_clear:
         return ok(f"the next token is predicted best; {found}")
-    # An untrained model whose head is its embedding prefers the token it reads; that alone is no fault.
+    # An untrained model with tied embeddings prefers the token it reads; that alone is not a fault.
     known = _score_frequencies(exam, exam.tokens.cpu().numpy()) if best == 0 else math.log(exam.model.vocab_size)
     if is_clear and means[best] < known:
         return fault(f"{SHIFT_MEANINGS[best]} ({found})", "train again; only the loss may shift the labels")
     return warn(
-        f"the next token is predicted no better than its neighbours: the model has hardly been trained ({found})",
+        f"the next token is predicted no better than its neighbours: the model is hardly trained ({found})",
         "train it longer, or check that the trained weights were loaded",
     )
 
 
 def _measure_shifts(exam: Examination) -> dict[int, NDArray[np.float64]]:
-    """−log p of the token `shift` places after the one just read, at the same positions for every shift."""
+    """Measure −log p of the token `shift` places after the last one read, at the same positions for every shift."""
     shifts = (*SHIFT_MEANINGS, 1)
     before, after = -min(shifts), max(shifts)
     width = max(before + after + 1, min(SHIFT_WINDOW, exam.model.segment_length))
@@ -190,7 +190,7 @@ def _measure_shifts(exam: Examination) -> dict[int, NDArray[np.float64]]:
 
 @register_check("skill", after=("weights", "labels", "shift"))
 def check_skill(exam: Examination) -> Finding:
-    """A model that predicts no better than token frequencies do, on the same tokens."""
+    """Predictions no better than token frequencies, on the same tokens."""
     config = exam.config
     scored = np.concatenate([tokens[1:] for tokens in select_documents(exam.subject.split, config.max_tokens).tokens])
     context = CONTEXT if exam.own_model else max(2, min(CONTEXT, exam.model.segment_length))
@@ -198,22 +198,21 @@ def check_skill(exam: Examination) -> Finding:
     result = evaluate_sliding_window(exam.model, exam.subject.split, context=context, stride=context, **reading)
     unigram = math.exp(_score_frequencies(exam, scored))
     whose = "the training text" if exam.subject.training else "this text"
-    found = f"perplexity {result.perplexity:,.1f}; the token frequencies of {whose} alone give {unigram:,.1f}"
+    found = f"perplexity {result.perplexity:,.1f}; token frequencies of {whose} alone give {unigram:,.1f}"
     if result.perplexity < unigram:
         return ok(found)
     is_guess = result.perplexity >= exam.model.vocab_size / 2
     return warn(
         f"{found}: " + ("these weights are not trained" if is_guess else "it has learned no more than frequencies"),
-        f"{'check that the trained weights were loaded, or ' if is_guess else ''}train more epochs, with a higher "
+        f"{'check that the trained weights were loaded, or ' if is_guess else ''}train for more epochs, with a higher "
         "learning rate, or on text like this",
     )
 
 
 def _score_frequencies(exam: Examination, tokens: NDArray[np.integer]) -> float:
-    """Mean −log p of tokens under the frequencies of the training text (or else of the examined one), in nats.
+    """Return the mean −log p, in nats, of tokens under the frequencies of the training text (or the examined text).
 
-    Frequencies are smoothed by one count per token. They are not those of the scored tokens themselves, which a
-    predictor could not know.
+    Frequencies are add-one smoothed. Those of the scored tokens themselves would be unfair, as no predictor knows them.
     """
     known = exam.subject.training.train if exam.subject.training else exam.subject.split
     counts = np.bincount(known.tokens[:MAX_COUNTED].astype(np.int64), minlength=exam.model.vocab_size) + 1
@@ -222,7 +221,7 @@ def _score_frequencies(exam: Examination, tokens: NDArray[np.integer]) -> float:
 
 @register_check("evaluation", after=("weights",))
 def check_evaluation(exam: Examination) -> Finding:
-    """Evaluation that writes memory or leaves the model in another mode."""
+    """Evaluation that writes memory or changes the model's mode."""
     model, own = exam.model, exam.own_model
     ids = exam.take_segments()
     split, reading = exam.subject.split, Reading(batch_size=NUM_ROWS, max_tokens=ids.numel())
@@ -242,7 +241,7 @@ def check_evaluation(exam: Examination) -> Finding:
         }
     for training in (False, True):
         with exam.probing(segment_tokens=exam.config.segment_tokens, training=training):
-            list(model.modules())[-1].training = not training  # one frozen part, which must stay as it is
+            list(model.modules())[-1].training = not training  # one module in the other mode, which must be kept
             if own and has_memory(own):
                 own.reset_memory(None if own.rows_can_share else len(ids))
                 own(ids, update_memory=True)
@@ -252,16 +251,16 @@ def check_evaluation(exam: Examination) -> Finding:
                 act()
                 if own and not _is_same_state(own.get_memory_state(), held):
                     return fault(
-                        f"the held memory was changed by {name}: each reading depends on what was read before it",
-                        "write memory only where update_memory=True asks for it",
+                        f"the held memory was changed by {name}: each result depends on what was read before",
+                        "write memory only if update_memory=True",
                     )
                 if [module.training for module in model.modules()] != modes:
                     return fault(
-                        f"the mode was changed by {name}: evaluation during training changes the training",
+                        f"the mode was changed by {name}: evaluating during training changes the training",
                         "restore each module's mode after evaluation",
                     )
     kept = "memory and mode" if has_memory(model) else "the mode"
-    return ok(f"{len(actions)} ways of reading left {kept} as they were")
+    return ok(f"{len(actions)} ways of reading left {kept} unchanged")
 
 
 def _is_same_state(a: Any, b: Any) -> bool:
@@ -274,10 +273,10 @@ def _is_same_state(a: Any, b: Any) -> bool:
 
 @register_check("memory", after=("weights", "modes"))
 def check_memory(exam: Examination) -> Finding:
-    """A memory that overflows, miscounts its tokens, or whose M and z have different scales.
+    """A memory that overflows, miscounts its tokens, or has M and z in different scales.
 
-    One token repeated n times writes M = n σ(k)ᵀv and z = n σ(k), so that M / z is v whatever n is. With shifted keys
-    n is one less, since a segment's first token is not written; the ratio is the same.
+    One token repeated n times writes M = n σ(k)ᵀv and z = n σ(k), so M / z must not depend on n. With shifted keys, a
+    segment's first token is not written, so that n is one less, but the ratio is the same.
     """
     model = exam.own_model
     if model is None or not model.memory_layers:
@@ -289,18 +288,18 @@ def check_memory(exam: Examination) -> Finding:
             if isinstance(attention, CompressiveAttention) and attention.use_normalizer:
                 error = _compare_scales(layer, model.embed_in(exam.tokens[:1]), model.segment_length)
                 if not error <= SCALE_TOLERANCE:
-                    faults.append(f"layer {index}: M and z have different scales (M / z changes by {error:.2g})")
+                    faults.append(f"layer {index}: M and z are in different scales (M / z changes by {error:.2g})")
     found = f"the memory's norm is {largest:.3g} after {num_tokens:,} tokens"
     if not faults:
-        return ok(f"{found}; all is finite, counted and in one scale")
+        return ok(f"{found}; it is finite, tokens are counted, and M and z are in the same scale")
     return fault(
-        f"{'; '.join(faults)}; {found}: what is read does not have the scale of what was written",
+        f"{'; '.join(faults)}; {found}: values are not read at the scale at which they were written",
         "scale and decay M and z alike, and keep both in float32",
     )
 
 
 def _fill_memory(exam: Examination, model: TransformerLM) -> tuple[int, float, list[str]]:
-    """Read many segments into one memory: tokens read, the largest norm of a layer's tensor, and what is wrong."""
+    """Read many segments into one memory; return the tokens read, the largest norm of a tensor, and the faults."""
     faults, largest = list[str](), 0.0
     ids = exam.take_rows(1, model.segment_length * exam.config.fill_segments)
     with model.fresh_memory():
@@ -327,7 +326,7 @@ def _fill_memory(exam: Examination, model: TransformerLM) -> tuple[int, float, l
 
 
 def _compare_scales(layer: Any, token: Tensor, length: int) -> float:
-    """The relative change of M / z between one token repeated `length` and 2 `length` times in a segment."""
+    """Return the relative change of M / z between one token repeated `length` and 2 · `length` times in a segment."""
     ratios: list[Tensor] = []
     for count in (length, 2 * length):
         _, memory = layer(token.expand(1, 1, count, -1))  # one segment
@@ -338,7 +337,7 @@ def _compare_scales(layer: Any, token: Tensor, length: int) -> float:
 
 @register_check("causality", after=("weights", "modes", "evaluation"))
 def check_causality(exam: Examination) -> Finding:
-    """Logits that depend on later tokens, within a segment, across segments or through a filled memory."""
+    """Logits that depend on later tokens: within a segment, across segments or through a filled memory."""
     length, native = exam.config.segment_tokens, exam.model.segment_length
     places = [1, length // 2, length - 1, length, length + length // 2, 2 * length]
     check = functools.partial(testing.check_causality, places=places)
@@ -353,43 +352,43 @@ def check_causality(exam: Examination) -> Finding:
         at_borders = functools.partial(testing.check_causality, places=[native // 2, native])
         leak = exam.try_out(at_borders, ids=exam.take_rows(1, native + length))
     if not leak:
-        return ok("changed tokens change their own logits and no earlier ones")
+        return ok("changing a token changes its own logits but no earlier ones")
     return fault(
-        f"{leak}: the model sees tokens it is to predict, or ignores what it reads; its perplexity is worthless",
+        f"{leak}: the model sees the tokens it should predict, or ignores its input; its perplexity is meaningless",
         "check the layers' masks, and sums, means and norms over time, and that the trained weights were loaded",
     )
 
 
 @register_check("rows", after=PATH_FAULTS[:-1])
 def check_rows(exam: Examination) -> Finding:
-    """Rows of a batch that influence one another, in a call, through their memories or through padding."""
+    """Rows of a batch that influence one another within a call, through their memories or through padding."""
     if mixed := exam.try_out(testing.check_rows, *([testing.check_padding] if exam.own_model else [])):
         return fault(
-            f"{mixed}: unrelated texts mix, and results depend on what shares the batch",
+            f"{mixed}: unrelated texts mix, and results depend on the other rows of the batch",
             "let each row work on its own copy of the memory, and sum the rows' writes at the end of the call",
         )
-    return ok("a row gives the same logits and memory alone, in a batch and padded")
+    return ok("a row has the same logits and memory alone, in a batch and padded")
 
 
 @register_check("calls", after=PATH_FAULTS)
 def check_calls(exam: Examination) -> Finding:
-    """Results that depend on how a text is cut into calls or fed to a stream."""
+    """Results that depend on how a text is split into calls or streamed."""
     if exam.own_model is None:
         return skip("the model has no segments")
     if apart := exam.try_out(testing.check_cuts, testing.check_streams):
         return fault(
-            f"{apart}: results depend on how the text is cut",
+            f"{apart}: results depend on how the text is split",
             "let memory be the only path between segments, and write it only at a segment's end",
         )
-    return ok("calls of one segment and streams give the logits and the memory of one long call")
+    return ok("calls of one segment and streams give the same logits and memory as one long call")
 
 
 @register_check("generation", after=(*PATH_FAULTS, "calls"))
 def check_generation(exam: Examination) -> Finding:
-    """Generation that drops the prompt, the memory or a pass: its greedy tokens are not the likeliest."""
+    """Generation that drops the prompt, the memory or a pass, so that greedy tokens are not the most likely."""
     model = exam.own_model
     if model is None:
-        return skip("transformers generates for this model")
+        return skip("this model generates through transformers")
     with exam.probing(segment_tokens=exam.config.segment_tokens):
         length = model.segment_length + max(1, model.segment_length // 2)
         prompt = exam.take_rows(NUM_ROWS, length)
@@ -400,11 +399,11 @@ def check_generation(exam: Examination) -> Finding:
         logits = exam.read(torch.cat([prompt, new], 1))[:, length - 1 : -1]
         lost = float((logits.amax(-1) - logits.gather(-1, new.unsqueeze(-1)).squeeze(-1)).max())
     if has_prompt and lost <= exam.allowed(logits, is_rounded=True):
-        return ok(f"{new.numel()} greedy tokens are the likeliest of the whole text, to {lost:.2g}")
+        return ok(f"{new.numel()} greedy tokens are the most likely given the whole text, to {lost:.2g}")
     dropped = "" if has_prompt else "the prompt is not returned; "
     return fault(
-        f"{dropped}greedy tokens are up to {lost:.2g} below the likeliest of the whole text: generation is not that of "
-        "the trained model",
+        f"{dropped}logits of greedy tokens are up to {lost:.2g} below the highest given the whole text: generation "
+        "does not use the trained model",
         "let generation read the whole prompt with the forward pass of training",
     )
 
@@ -413,9 +412,9 @@ def check_generation(exam: Examination) -> Finding:
 def check_gates(exam: Examination) -> Finding:
     """Gates that training has not moved, or an adapter whose α is still 0.
 
-    A gate sigmoid(β) has moved if its β differs from that of a new layer with the same settings, be it for all tokens
-    or, where gates depend on the token, for the text's tokens on average. β is compared, since a gate that begins
-    near 1 can hardly move itself.
+    A gate sigmoid(β) has moved if its β differs from that of a new layer with the same settings; for gates that depend
+    on the token, the change is averaged over the text's tokens. β is compared instead of the gate, because a gate that
+    begins near 1 can hardly move.
     """
     model = exam.own_model
     gates = {index: layer.gate_values() for index, layer in model.memory_layers.items()} if model else {}

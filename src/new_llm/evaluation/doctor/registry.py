@@ -1,4 +1,4 @@
-"""What every check shares: the registry, findings, and the model under examination with probes that leave no trace."""
+"""The registry of checks, their findings, and side-effect-free probes of the model under examination."""
 
 import contextlib
 import functools
@@ -20,19 +20,19 @@ from new_llm.testing import find_tolerance
 Level = Literal["ok", "warning", "fault", "skipped"]
 LEVELS: tuple[Level, ...] = ("ok", "warning", "fault", "skipped")
 PROBE_SEED = 0
-"""Seeds every probe, so that randomness inside the model can't look like another fault."""
+"""The seed of every probe, so that randomness in the model can't look like another fault."""
 NUM_ROWS, NUM_SEGMENTS = 3, 3
-"""Of a probe; `new_llm.testing` needs three rows and several segments."""
+"""The size of a probe; `new_llm.testing` needs three rows and several segments."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found.
+    """The result of one check.
 
     Attributes:
-        level: ok, warning, fault, or skipped where the check does not apply.
-        found: one sentence: what was measured and, unless all is well, what it means.
-        advice: what to do about it; empty if there is nothing to do.
+        level: ok, warning, fault, or skipped if the check does not apply.
+        found: one sentence: what was measured and, unless the level is ok, what it means.
+        advice: what to do; may be empty.
         check: the check's name.
     """
 
@@ -43,19 +43,19 @@ class Finding:
 
 
 ok, warn, fault, skip = (functools.partial(Finding, level) for level in LEVELS)
-"""All is well; the reader should know this first; the model's figures can't be trusted; the check does not apply."""
+"""ok: no fault found; warn: read the figures with this in mind; fault: don't trust them; skip: does not apply."""
 
 
 CheckFunction = Callable[["Examination"], Finding]
 
 
 class Check(NamedTuple):
-    """A function that measures and judges one thing, and when it is skipped.
+    """A registered check.
 
     Attributes:
-        run: the function.
-        after: checks whose fault would make this one fail too.
-        needs_data: whether it needs to know the training data.
+        run: measures and judges one thing.
+        after: checks whose fault would make this one fail, too; it is then skipped.
+        needs_data: whether it needs the training data; it is skipped without them.
     """
 
     run: CheckFunction
@@ -70,10 +70,10 @@ CHECKS: dict[str, Check] = {}
 def register_check(
     name: str, *, after: tuple[str, ...] = (), needs_data: bool = False
 ) -> Callable[[CheckFunction], CheckFunction]:
-    """Decorator that adds a check function; `Check` says what the arguments mean.
+    """Register a check function; for the arguments see `Check`.
 
     Raises:
-        ValueError: a check in `after` is not registered yet, so it would run too late.
+        ValueError: a check in `after` is not registered yet, and so would run too late.
     """
     late = [other for other in after if other not in CHECKS]
     if late:
@@ -87,11 +87,11 @@ def register_check(
 
 
 class Examination:
-    """A model under examination: a `TransformerLM` or `HuggingFaceLM`, with the text that its subject brings.
+    """A model under examination, a `TransformerLM` or `HuggingFaceLM`, with text to probe it.
 
-    Losses are measured in the subject's autocast; structural probes run without it. `own_model` is the model if it is
-    a `TransformerLM`, `data` what it was trained on, for checks that need it, and `tokens` the beginning of the text in
-    one row, for probes.
+    Losses are measured under the subject's autocast; structural probes run without it. `own_model` is the model if it
+    is a `TransformerLM`, else None; `data` is what it was trained on, for checks with `needs_data`; and `tokens`, [N],
+    is the beginning of the text.
 
     Raises:
         UserError: the text is too short for the probes.
@@ -111,17 +111,17 @@ class Examination:
         self.tokens = torch.from_numpy(tokens.astype(np.int64)).to(self.device)
 
     def take_rows(self, num_rows: int, num_tokens: int) -> Tensor:
-        """Real text as [num_rows, num_tokens], different in each row; a short text is repeated."""
+        """Return real text, [num_rows, num_tokens]. Rows differ, unless the text is too short and repeats."""
         places = torch.arange(num_rows * num_tokens, device=self.device) % len(self.tokens)
         return self.tokens[places].view(num_rows, num_tokens)
 
     def take_segments(self) -> Tensor:
-        """The beginning of the text as NUM_ROWS rows of NUM_SEGMENTS short segments, the last one cut short."""
+        """Return NUM_ROWS rows of NUM_SEGMENTS short segments of text, the last one incomplete."""
         return self.take_rows(NUM_ROWS, NUM_SEGMENTS * self.config.segment_tokens - 2)
 
     @contextlib.contextmanager
     def probing(self, *, segment_tokens: int | None = None, training: bool = False) -> Iterator[None]:
-        """Inside: no gradients, the given mode and segment length; afterwards mode, length and memory as before."""
+        """Set mode, segment length and an empty memory inside the block, without gradients; restore them afterwards."""
         model, length = self.model, self.model.segment_length
         try:
             model.segment_length = min(segment_tokens or length, length)
@@ -131,16 +131,16 @@ class Examination:
             model.segment_length = length
 
     def read(self, input_ids: Tensor, *, seed: int = PROBE_SEED) -> Tensor:
-        """Logits [B, T, Z] in float32 or wider, read from an empty memory."""
+        """Return logits, [B, T, Z], in float32 or wider, read from an empty memory."""
         torch.manual_seed(seed)
         with self.model.fresh_memory(len(input_ids)):
             logits = self.model(input_ids)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def try_out(self, *checks: Callable[[Any, Tensor], None], ids: Tensor | None = None) -> str:
-        """What the first conformance check of `new_llm.testing` to fail says; empty: none does.
+        """Run conformance checks of `new_llm.testing`; return the first failure's message, or "" if all pass.
 
-        They read `take_segments()` in short segments, or `ids` [B, T] in those of the model.
+        They read `take_segments()` in short segments, or `ids` [B, T] in the model's own segments.
         """
         with self.probing(segment_tokens=self.config.segment_tokens if ids is None else None):
             try:
@@ -151,12 +151,12 @@ class Examination:
         return ""
 
     def allowed(self, logits: Tensor, *, is_rounded: bool = False) -> float:
-        """The difference from these logits that counts as rounding; `is_rounded` as in `find_tolerance`."""
+        """Return the largest difference from these logits that counts as rounding; see `find_tolerance`."""
         dtype = next(iter(self.model.parameters())).dtype
         return find_tolerance(dtype, is_rounded=is_rounded) * max(1.0, float(logits.abs().max()))
 
 
 def find_difference(a: Tensor, b: Tensor) -> float:
-    """The largest difference of two tensors; infinite if either holds NaN or infinity."""
+    """Return the largest absolute difference of two tensors; infinite if either contains NaN or infinity."""
     value = float((a.double() - b.double()).abs().max())
     return value if math.isfinite(value) else math.inf
