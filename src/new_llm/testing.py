@@ -1,12 +1,12 @@
-"""Conformance checks: what training, evaluation, streams and files rely on.
+"""Conformance checks for layers and models: what training, evaluation, streams and files rely on.
 
     from new_llm.testing import check_layer
 
     def test_my_layer():
         check_layer(lambda: MyLayer(hidden_size=32, num_heads=4, intermediate_size=64))
 
-`check_layer` puts a layer into a small model; `check_model` checks a model of any layers. Each check is a function of
-its own and fails with an `AssertionError` that says what was expected.
+`check_layer` puts a layer into a small model; `check_model` checks a model of any layers. Each check is a separate
+function, which raises an `AssertionError` that says what is wrong.
 """
 
 import copy
@@ -27,9 +27,7 @@ SEGMENT_LENGTH = 5
 
 
 def check_layer(make_layer: Callable[[], Layer]) -> None:
-    """Check that a new layer keeps the contract of `Layer`, inside a small model in float64; its weights are drawn
-    again.
-    """
+    """Check that a new layer fulfils the contract of `Layer`, in a small float64 model that draws its weights again."""
     layer = make_layer()
     check_form(layer)
     model = make_model(layer)
@@ -42,9 +40,9 @@ def check_layer(make_layer: Callable[[], Layer]) -> None:
 
 
 def check_model(model: TransformerLM) -> None:
-    """Check that a float64 model keeps the contract of its layers, with all passes; its memory is reset.
+    """Check that the layers of a float64 model fulfil their contract, with all passes; the model's memory is reset.
 
-    Use a short `segment_length`, such as 5: every check reads several segments. An AssertionError names what is broken.
+    Use a short `segment_length`, such as 5, since every check reads several segments.
     """
     ids = draw_ids(model, 3, 4 * model.segment_length - 2)
     model.reset_memory()
@@ -60,24 +58,24 @@ def check_model(model: TransformerLM) -> None:
 
 
 def make_model(layer: Layer) -> TransformerLM:
-    """A model of one layer in float64, with weights large enough for differences to show."""
+    """A float64 model with one layer, and with weights large enough for differences to show."""
     torch.manual_seed(0)
     return TransformerLM([layer], VOCAB_SIZE, SEGMENT_LENGTH, initializer_range=0.3).double().eval()
 
 
 def check_form(layer: Layer) -> None:
-    """The layer and its memory have the form that all else relies on, and an empty memory is all zeros."""
-    assert isinstance(getattr(layer, "hidden_size", None), int), "the layer needs its width as self.hidden_size"
+    """Check the form of the layer's memory and of what `forward` returns, and that an empty memory is all zeros."""
+    assert isinstance(getattr(layer, "hidden_size", None), int), "the layer must set self.hidden_size, its width"
     like = torch.zeros(2, 1, 3, layer.hidden_size, dtype=torch.float64)
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     if layer.has_memory:
         empty = layer.empty_memory(2, like)
-        assert isinstance(empty, LayerMemory), f"empty_memory gives a {type(empty).__name__}, not a LayerMemory"
+        assert isinstance(empty, LayerMemory), f"empty_memory returns a {type(empty).__name__}, not a LayerMemory"
         for name, value in empty.tensors().items():
             assert isinstance(value, Tensor), f"{name} of the memory is a {type(value).__name__}, not a tensor or None"
-            assert value.shape[:1] == (2,), f"{name} of the memory has shape {tuple(value.shape)}; rows come first"
+            assert value.shape[:1] == (2,), f"{name} of the memory has shape {tuple(value.shape)}; rows must come first"
             is_number = value.is_floating_point() or is_integer(value)
-            assert is_number, f"{name} of the memory is {value.dtype}; floating-point numbers or counts are needed"
+            assert is_number, f"{name} of the memory is {value.dtype}; must be floating-point numbers or counts"
             assert not value.any(), f"{name} of an empty memory is not all zeros"
         expected = _list_forms(empty)
     if layer.stands_before_head:
@@ -86,18 +84,18 @@ def check_form(layer: Layer) -> None:
         given = layer.empty_memory(2, like) if layer.has_memory else None
         found = copy.deepcopy(layer).double()(like, given, Segments())
     is_pair = isinstance(found, tuple) and len(found) == 2
-    assert is_pair, "forward returns a pair: the new hidden states, and the memory or None"
+    assert is_pair, "forward must return a pair: the new hidden states, and the memory or None"
     hidden, memory = found
-    assert hidden.shape == like.shape, f"forward maps {tuple(like.shape)} to {tuple(hidden.shape)}; shapes stay"
-    assert hidden.dtype == like.dtype, f"forward maps {like.dtype} to {hidden.dtype}; the dtype stays"
+    assert hidden.shape == like.shape, f"forward maps {tuple(like.shape)} to {tuple(hidden.shape)}; must keep the shape"
+    assert hidden.dtype == like.dtype, f"forward maps {like.dtype} to {hidden.dtype}; must keep the dtype"
     assert not like.any(), "forward changes its input in place"
     if given is not None:
         changed = [name for name, value in given.tensors().items() if value.any()]
-        assert not changed, f"forward changes {', '.join(changed)} of the memory in place; it returns a new memory"
-        assert isinstance(memory, LayerMemory), f"forward returns {type(memory).__name__} in place of the memory"
+        assert not changed, f"forward changes {', '.join(changed)} of the memory in place; must return a new memory"
+        assert isinstance(memory, LayerMemory), f"forward returns a {type(memory).__name__}, not a LayerMemory"
         for name, form in _list_forms(memory.finish_call()).items():
             was = expected.get(name)
-            assert form == was, f"{name} of the memory is {form} after a segment, and {was} when empty"
+            assert form == was, f"{name} of the memory is {form} after a segment, but {was} when empty"
 
 
 def _list_forms(memory: LayerMemory) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -105,11 +103,11 @@ def _list_forms(memory: LayerMemory) -> dict[str, tuple[tuple[int, ...], torch.d
 
 
 def find_tolerance(dtype: torch.dtype, *, is_rounded: bool = True) -> float:
-    """How far apart two ways to compute the same may be, as a share of the largest value, or of 1 if that is larger.
+    """How far two computations of the same values may differ, relative to the largest value, or to 1 if that is larger.
 
     Args:
-        dtype: of the model's weights.
-        is_rounded: whether shapes differ, and with them the order of summation.
+        dtype: dtype of the model's weights.
+        is_rounded: whether the computations differ in shapes, and therefore in the order of summation.
     """
     if dtype == torch.float64:
         return 1e-9
@@ -117,12 +115,12 @@ def find_tolerance(dtype: torch.dtype, *, is_rounded: bool = True) -> float:
 
 
 def draw_ids(model: TransformerLM, rows: int, length: int) -> Tensor:
-    """Token ids [rows, length] of the model's vocabulary, the same at every call."""
+    """Random token ids, [rows, length], the same in every call."""
     return torch.randint(model.vocab_size, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
 def check_causality(model: TransformerLM, ids: Tensor, places: Iterable[int] | None = None) -> None:
-    """Logits do not depend on later tokens, and do depend on the token itself; None: at all places."""
+    """Check that logits depend on the token itself but not on later ones, at `places` (None: everywhere)."""
     expected = model(ids)
     what = "two calls differ: outside training nothing is random or kept; logits"
     _assert_near(model, model(ids), expected, what, is_rounded=False)
@@ -141,7 +139,7 @@ def check_causality(model: TransformerLM, ids: Tensor, places: Iterable[int] | N
 
 
 def check_rows(model: TransformerLM, ids: Tensor) -> None:
-    """Rows of a batch do not depend on one another, also with a shared memory that the call updates."""
+    """Check that rows of a batch do not depend on each other, even with a shared memory that the call updates."""
     shared = None if model.rows_can_share else 1
     model.reset_memory(None if model.rows_can_share else len(ids))
     whole = model(ids, update_memory=True)
@@ -153,7 +151,7 @@ def check_rows(model: TransformerLM, ids: Tensor) -> None:
 
 
 def check_padding(model: TransformerLM, ids: Tensor) -> None:
-    """Padded on any side, or with holes, a row gives the logits and the memory of its real tokens alone."""
+    """Check that padding, on either side or between tokens, changes neither logits nor memory."""
     length = model.segment_length + 2
     mask = torch.zeros_like(ids, dtype=torch.bool)
     mask[0, :length] = mask[1, -length:] = True
@@ -171,7 +169,7 @@ def check_padding(model: TransformerLM, ids: Tensor) -> None:
 
 
 def check_cuts(model: TransformerLM, ids: Tensor) -> None:
-    """One call of n segments gives the logits and the memory of n calls with the memory carried."""
+    """Check that one call of n segments gives the same logits and memory as n calls with the memory carried."""
     model.reset_memory(len(ids))
     expected = model(ids, update_memory=True)
     states = model.get_memory_state()
@@ -184,7 +182,7 @@ def check_cuts(model: TransformerLM, ids: Tensor) -> None:
 
 
 def check_streams(model: TransformerLM, ids: Tensor) -> None:
-    """A stream gives the logits and the memory of one call, whatever the pieces and the rows' positions."""
+    """Check that a stream gives the same logits and memory as one call, for any pieces and positions of rows."""
     segment_length = model.segment_length
     model.reset_memory(len(ids))
     model(ids[:, : segment_length + 1], update_memory=True)
@@ -210,7 +208,7 @@ def check_streams(model: TransformerLM, ids: Tensor) -> None:
 
 
 def check_state(model: TransformerLM, ids: Tensor) -> None:
-    """A memory that is saved and loaded continues bit for bit."""
+    """Check that a memory gives bit-identical logits after it is saved and loaded."""
     for rows in (None, len(ids)) if model.rows_can_share else (len(ids),):
         model.reset_memory(rows)
         model(ids, update_memory=True)
@@ -224,7 +222,7 @@ def check_state(model: TransformerLM, ids: Tensor) -> None:
 
 
 def check_held_memory(model: TransformerLM, ids: Tensor) -> None:
-    """A call without update_memory leaves the held memory as it was; a layer with memory writes with it."""
+    """Check that a call without update_memory does not change the held memory, and that memory affects the logits."""
     model.reset_memory(len(ids))
     model(ids[:, : model.segment_length], update_memory=True)
     before = model.get_memory_state()
@@ -236,25 +234,25 @@ def check_held_memory(model: TransformerLM, ids: Tensor) -> None:
     model.reset_memory()
     _assert_near(model, model(ids), emptied, "logits from memory None and from an empty memory")
     if model.memory_layers:
-        assert not torch.equal(emptied, with_memory), "the layer has_memory, but what it read changes nothing"
+        assert not torch.equal(emptied, with_memory), "the layer has_memory, but its memory does not affect logits"
 
 
 def check_precision(model: TransformerLM, ids: Tensor) -> None:
-    """A bfloat16 model is finite and near float64; its memory stays float32 at least."""
+    """Check that a bfloat16 model's logits are finite and near float64's, and that its memory is at least float32."""
     narrow = copy.deepcopy(model).to(torch.bfloat16)
     narrow.reset_memory(len(ids))
     logits = narrow(ids, update_memory=True)
     assert logits.dtype == torch.bfloat16, f"logits of a bfloat16 model are {logits.dtype}"
     assert bool(logits.isfinite().all()), "logits of a bfloat16 model are not finite"
     apart = (logits.double() - model(ids)).norm() / model(ids).norm()
-    assert apart < 0.2, f"logits of a bfloat16 model are {float(apart):.2f} of their size away from float64's"
+    assert apart < 0.2, f"logits of a bfloat16 model differ from float64's by {float(apart):.2f} of their norm"
     for _, key, value in _list_tensors(narrow.get_memory_state()):
         is_wide = not value.is_floating_point() or value.dtype.itemsize >= 4
-        assert is_wide, f"{key} of a bfloat16 model is {value.dtype}: float32 is needed"
+        assert is_wide, f"{key} of a bfloat16 model is {value.dtype}; must be at least float32"
 
 
 def check_gradients(model: TransformerLM, ids: Tensor) -> None:
-    """Gradients are finite and reach earlier segments of the same row through memory, and only through memory."""
+    """Check that gradients are finite and reach earlier segments only through memory, never another row."""
     length = model.segment_length
     inputs: list[Any] = []
     hook = model.embed_in.register_forward_hook(lambda _, __, output: inputs.append(output))
@@ -272,13 +270,13 @@ def check_gradients(model: TransformerLM, ids: Tensor) -> None:
     assert not gradient[[0, 2]].any(), "a row's loss depends on another row"
     reaches = bool((gradient[1, :length] != 0).any())
     if any(layer.passes_gradients for layer in model.memory_layers.values()):
-        assert reaches, "no gradient flows from a later segment through what an earlier one wrote"
+        assert reaches, "no gradient flows from a later segment to what an earlier one wrote"
     else:
-        assert not reaches, "a layer without memory, or whose gradients stop there, passes them to an earlier segment"
+        assert not reaches, "gradients reach an earlier segment, without memory or although passes_gradients is False"
 
 
 def check_training(model: TransformerLM, ids: Tensor) -> None:
-    """In training, too, a row's logits do not depend on other rows; auxiliary losses, which may, are left out."""
+    """Check that a row's logits do not depend on other rows in training mode either; auxiliary losses may."""
     trained = copy.deepcopy(model).train()
     inputs: list[Any] = []
     trained.embed_in.register_forward_hook(lambda _, __, output: inputs.append(output))
@@ -287,15 +285,15 @@ def check_training(model: TransformerLM, ids: Tensor) -> None:
 
 
 def check_registration(layer: Layer) -> None:
-    """The layer is registered, and its settings make an equal layer."""
+    """Check that the layer is registered, and that its settings build an equal layer."""
     assert LAYER_KINDS.get(getattr(type(layer), "kind", "")) is type(layer), "decorate the layer with register_layer"
     again = type(layer)(**layer.settings)
     shapes = [{name: tuple(value.shape) for name, value in one.state_dict().items()} for one in (layer, again)]
-    assert shapes[0] == shapes[1], "the layer's settings make a layer with other weights"
+    assert shapes[0] == shapes[1], "the layer's settings build a layer with other weights"
 
 
 def _list_tensors(state: dict[int, dict[str, Any]]) -> list[tuple[int, str, Tensor]]:
-    """The tensors of a memory state: layer, key and value."""
+    """The tensors of a memory state, as (layer, key, tensor)."""
     return [(i, key, value) for i, entry in state.items() for key, value in entry.items() if isinstance(value, Tensor)]
 
 

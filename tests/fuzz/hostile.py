@@ -148,10 +148,10 @@ HOSTILE = {
         ("a bare pickle", save_pickle(PICKLE), "not a file of torch.save"),
         ("a view of 120 GB", save(PICKLE, {"a": VIEW}), "larger than the file"),
         ("a sparse tensor", save(PICKLE, {"a": torch.eye(3).to_sparse()}), "not a dense one"),
-        ("packed entries", pack_entries, "holds packed entries"),
+        ("compressed entries", pack_entries, "holds compressed entries"),
     ],
     "gpt-neox index": [
-        ("one that leads out", write("model.safetensors.index.json", INDEX), "is no file of this folder"),
+        ("one that leads out", write("model.safetensors.index.json", INDEX), "is not a file in this folder"),
     ],
     "auto folder": [
         (

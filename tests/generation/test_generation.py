@@ -155,9 +155,9 @@ def test_bad_settings_and_prompts_are_refused_in_one_line():
         "top_p": {"top_p": 1.1},
         "at least 1 character": {"stop_strings": ("a", "")},
         "a tokenizer is needed to find": {"stop_strings": ("a",)},
-        "a tokenizer is needed to make": {"on_text": print},
+        "a tokenizer is needed to decode": {"on_text": print},
         "eos_token_id": {"eos_token_id": (1, -1)},
-        "pad_token_id: 128; the model knows 0 to 127": {"pad_token_id": 128},
+        "pad_token_id: 128; the model's vocabulary is 0 to 127": {"pad_token_id": 128},
         "unknown key 'beams'": {"beams": 3},
     }.items():
         with refused(message, ValueError):
@@ -166,7 +166,7 @@ def test_bad_settings_and_prompts_are_refused_in_one_line():
         "empty": (torch.zeros(0, 3, dtype=torch.int64),),
         "row 1 has no real token": (text_ids(2, 2), torch.tensor([[1, 0], [0, 0]])),
         "attention_mask has shape": (text_ids(2, 2), torch.ones(2, 3)),
-        "attention_mask: real tokens are marked by 1": (text_ids(2, 2), torch.tensor([[0.0, 0.0], [-1e9, 0.0]])),
+        "attention_mask: must be 1 at real tokens": (text_ids(2, 2), torch.tensor([[0.0, 0.0], [-1e9, 0.0]])),
         "batch of 2 rows": (text_ids(2, 2),),
     }.items():
         model.reset_memory(3 if "rows" in message else None)

@@ -124,7 +124,7 @@ def test_what_can_not_be_adapted_is_named():
             make_adapted(**options)
     with pytest.raises(UserError, match=r"layer 0 is infini"):
         infini_adapter.add_parallel_infini(create_model("infini", SHAPE, segment_length=8), AdapterConfig())
-    with pytest.raises(UserError, match="has a parallel adapter already, at layers"):
+    with pytest.raises(UserError, match="already has a parallel adapter, at layers"):
         infini_adapter.add_parallel_infini(make_adapted(), AdapterConfig())
 
 
@@ -192,7 +192,7 @@ BROKEN = {
     "missing or unknown tensors": edit_tensors(tensors={"2.alpha": None}),
     "not a tensor of floats": edit_tensors(tensors={"0.attention.gate": torch.zeros(1, dtype=torch.int64)}),
     "not a parallel adapter file": edit_tensors(format="new-llm-memory"),
-    "format version 99, this program reads 1": edit_tensors(format_version="99"),
+    "format version 99; this program reads 1": edit_tensors(format_version="99"),
     "broken metadata": edit_tensors(layers="[" * 100_000),
     "num_memory_banks": edit_tensors({"num_memory_banks": 10**12}),
     "does not fit this base": edit_tensors({"num_memory_heads": 7}),

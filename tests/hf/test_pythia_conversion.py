@@ -137,7 +137,7 @@ REFUSED = {
     "model_type 'llama'; only 'gpt_neox'": {"model_type": "llama"},
     "AutoModelForCausalLM.from_pretrained loads it": {"model_type": "new_llm"},
     "use_parallel_residual is False": {"use_parallel_residual": False},
-    "hidden_act is 'gelu_fast'; Pythia layers have 'gelu'": {"hidden_act": "gelu_fast"},
+    "hidden_act is 'gelu_fast'; Pythia layers only support 'gelu'": {"hidden_act": "gelu_fast"},
     "embed_out.weight differs from embed_in.weight": {"tie_word_embeddings": True},
     "rope_scaling of type 'linear'": {"rope_scaling": {"type": "linear", "factor": 2.0}},
     "rope_parameters of type 'yarn'": {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
@@ -147,7 +147,7 @@ REFUSED = {
     "weights not GPT-NeoX's: layers.2": {"num_hidden_layers": 2},
     "weights missing: embed_in.weight": {"gpt_neox.embed_in.weight": None},
     "weights not GPT-NeoX's: lm.head": {"lm.head": torch.zeros(2)},
-    "embed_out.weight is there twice": {"lm_head.weight": torch.zeros(128, 32)},
+    "duplicate weight embed_out.weight": {"lm_head.weight": torch.zeros(128, 32)},
     "final_layer_norm.bias has shape (3,)": {"gpt_neox.final_layer_norm.bias": torch.zeros(3)},
 }
 """Keys of the configuration, or weights by their names."""
@@ -239,8 +239,8 @@ def test_swaps_out_of_range_are_named(tmp_path):
         ({-1: "infini"}, "no layer -1"),
         ({0: "lstm"}, "unknown kind 'lstm'; allowed are"),
         ({0: {"kind": "infini", "num_banks": 2}}, "layer 0: .*num_banks"),
-        ({0: InfiniLayer(16, 2, 24)}, "hidden size 16, the checkpoint's is 32"),
-        ({1: "token_memory"}, "token_memory stands before the head and can only be among the last, not 1"),
+        ({0: InfiniLayer(16, 2, 24)}, "hidden size 16, but the checkpoint's is 32"),
+        ({1: "token_memory"}, "token_memory stands before the head and must be among the last, not at 1"),
     ):
         with pytest.raises(ValueError, match=message):
             load_pythia(folder, replace_layers=choices)
@@ -382,7 +382,7 @@ def test_a_repository_is_downloaded_and_read_again_without_the_hub(tmp_path, ser
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     server.files.clear()
     assert torch.equal(load_pythia(NAME, revision="step3000").embed_in.weight, model.embed_in.weight)
-    with pytest.raises(UserError, match="pythia-tiny is not cached here"):
+    with pytest.raises(UserError, match="pythia-tiny is not cached and"):
         load_pythia(NAME, revision="step4000")
 
 
@@ -394,7 +394,7 @@ def test_a_repository_that_is_not_there(server):
 def test_names_without_a_hub_are_refused_in_one_line(cache, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     for name, words in (
-        ("EleutherAI/pythia-70m", "EleutherAI/pythia-70m .* out of reach: .*save_pretrained.*--format gpt_neox"),
+        ("EleutherAI/pythia-70m", "EleutherAI/pythia-70m .* can't be reached: .*save_pretrained.*--format gpt_neox"),
         ("no such name", "neither a directory nor a hub name"),
         ("./none", "no such directory"),
     ):

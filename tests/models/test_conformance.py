@@ -185,19 +185,19 @@ FAULTS = {
     "rows": "rows mix: logits of row 0 alone and in a batch",
     "batch-norm": "in training a row's logits depend on another row",
     "padding": "of a padded row",
-    "write": "the layer has_memory, but what it read changes nothing|logits of single segments",
+    "write": "the layer has_memory, but its memory does not affect logits|logits of single segments",
     "full": "memories of an empty memory is not all zeros",
     "in-place": "forward changes norms of the memory in place",
     "number": "num_tokens of the memory is a int, not a tensor",
-    "alone": "forward returns a pair",
-    "none": "forward returns NoneType in place of the memory",
+    "alone": "forward must return a pair",
+    "none": "forward returns a NoneType, not a LayerMemory",
     "narrow": r"forward maps \(2, 1, 3, 16\) to \(2, 1, 3, 8\)",
     "dtype": "forward maps torch.float64 to torch.float32",
     "input": "forward changes its input in place",
     "random": "two calls differ",
     "begin": "logits from memory None and from an empty memory",
     "flags": "num_tokens of the memory is torch.bool",
-    "width": "the layer needs its width as self.hidden_size",
+    "width": "the layer must set self.hidden_size, its width",
 }
 
 

@@ -63,7 +63,7 @@ def test_masked_and_ignored_tokens_are_no_targets():
     assert float(loss.detach()) == pytest.approx(statistics.total_nll / 12)
     assert statistics.perplexity == pytest.approx(math.exp(statistics.total_nll / 12), rel=1e-5)
     for nothing, tokens in ((torch.full_like(ids, -100), mask), (ids, torch.arange(9).expand(2, 9) % 2)):
-        with pytest.raises(ValueError, match="no token is predicted"):
+        with pytest.raises(ValueError, match="no token to predict"):
             model.compute_loss(ids, nothing, tokens)
     assert math.isnan(LossStatistics(num_tokens=0, total_nll=0.0).perplexity)
 
@@ -148,7 +148,7 @@ def test_what_does_not_fit_is_refused():
         ((hidden, weight, targets), {"label_weights": weights[:2]}, "label_weights"),
         ((hidden, weight, targets), {"reduction": "mean"}, "reduction"),
         ((hidden, weight, targets), {"chunk_rows": 0}, "chunk_rows"),
-        ((hidden, weight, targets.masked_fill(targets == -100, WORDS)), {}, "targets: 301 is no row of the weight"),
+        ((hidden, weight, targets.masked_fill(targets == -100, WORDS)), {}, "targets: 301 is not in the vocabulary"),
     ):
         with pytest.raises(ValueError, match=words):
             linear_cross_entropy(*arguments, **options)

@@ -84,7 +84,7 @@ def test_tensors_are_compared_one_by_one(tmp_path):
     assert a.shape == (2, 16, 16)
     expected = (a.norm(), b.norm(), (a - b).norm() / a.norm(), torch.cosine_similarity(a.flatten(), b.flatten(), dim=0))
     assert figures["layer 0, row 1: memories 1"] == pytest.approx(tuple(map(float, expected)))
-    with pytest.raises(ValueError, match=r"other layers, rows or shapes: layer 0, row 0: .* against nothing"):
+    with pytest.raises(ValueError, match=r"layers, rows or shapes differ: layer 0, row 0: .* and nothing"):
         compare_memories(contents[0], contents[2])
 
 
@@ -94,7 +94,7 @@ BROKEN = {
     "flipped": (alter(lambda raw: raw[:-1] + bytes([raw[-1] ^ 1])), "corrupted"),
     "text": (alter(lambda raw: b"To be, or not to be, that is the question"), "not a safetensors file"),
     "other format": (edit_tensors(format="pt"), "not a memory file"),
-    "format version": (edit_tensors(format_version="1"), "format version 1, this program reads 2"),
+    "format version": (edit_tensors(format_version="1"), "format version 1; this program reads 2"),
     "other digest": (edit_tensors(sha256="0" * 64), "corrupted"),
     "no date": (edit_tensors(created=None), "created"),
     "no version": (edit_tensors(program_version=None), "program_version"),
@@ -103,19 +103,22 @@ BROKEN = {
     "long text": (edit_tensors(created="x" * 100_000), "created"),
     "rows": (edit_tensors(rows="2"), r"has shape \[\], not 2 rows|not 2 rows"),
     "layers nested": (edit_tensors(layers="[" * 100_000), "JSON"),
-    "state version": (edit_tensors({"version": 2}), "layer 0: state version 2, this program reads 3"),
+    "state version": (edit_tensors({"version": 2}), "layer 0: state version 2; this program reads 3"),
     "layer elsewhere": (edit_tensors({"layer": 1}), "unknown tensor layers.0."),
     "endless layers": (edit_tensors({"layer": 2**80}), "layer"),
     "an infinite setting": (edit_tensors({"alibi_scale": 1e999}), "alibi_scale"),
     "a setting that is a tensor": (edit_tensors({"memories": 1}), "unknown tensor layers.0.memories"),
     "NaN": (edit_tensors(tensors={"0.memories": float("nan")}), "NaN or infinite"),
     "negative count": (edit_tensors(tensors={"0.segment_counter": -1}), "impossible"),
-    "no tensors": (edit_tensors(tensors={f"0.{name}": None for name in NAMES}), "no tensors of layers.0"),
+    "no tensors": (edit_tensors(tensors={f"0.{name}": None for name in NAMES}), "no tensors for layers.0"),
     "tensor's dtype": (
         edit_tensors(tensors={"0.memories": torch.zeros(1).to(torch.float8_e5m2)}),
-        "of F8_E5M2, which no memory",
+        "of F8_E5M2, which is impossible",
     ),
-    "endless empty tensor": (edit_tensors(tensors={"0.memory_norms": torch.zeros(2**40, 0)}), "has shape .* no memory"),
+    "endless empty tensor": (
+        edit_tensors(tensors={"0.memory_norms": torch.zeros(2**40, 0)}),
+        "has shape .* impossible in a memory",
+    ),
 }
 UNFIT = {  # by the check of `set_memory_state`, whose refusals test_memory_state.py has
     "tensor missing": (

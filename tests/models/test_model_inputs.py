@@ -93,11 +93,13 @@ def test_other_types_lengths_and_places_are_refused_by_name():
 
 NO_LAYER = {
     "unit keys are signed": lambda: InfiniLayer(16, 2, 24, key_features="unit"),
-    "no sum of them": lambda: InfiniLayer(16, 2, 24, key_features="unit", use_normalizer=False, normalize_keys=True),
+    "can't be divided by their sum": lambda: InfiniLayer(
+        16, 2, 24, key_features="unit", use_normalizer=False, normalize_keys=True
+    ),
     "diverges on keys longer than 1": lambda: InfiniLayer(16, 2, 24, use_normalizer=False),
-    "not router top1": lambda: MultiMemoryLayer(16, 2, 24, router="top1", use_token_decay=True),
+    "don't work with router top1": lambda: MultiMemoryLayer(16, 2, 24, router="top1", use_token_decay=True),
     "or hierarchy fenwick": lambda: HierarchicalLayer(16, 2, 24, hierarchy="fenwick", use_token_decay=True),
-    "top1 is for multi_memory": lambda: HierarchicalLayer(16, 2, 24, router="top1"),
+    "top1 is for multi_memory only": lambda: HierarchicalLayer(16, 2, 24, router="top1"),
     "30 is not a multiple of num_attention_heads (4)": lambda: PythiaConfig(hidden_size=30, num_attention_heads=4),
     "num_heads: 0 does not divide hidden_size 32": lambda: PythiaLayer(32, 0, 48),
     "num_memory_heads: 3": lambda: InfiniLayer(32, 4, 48, num_memory_heads=3),
@@ -105,7 +107,7 @@ NO_LAYER = {
     "layers: at least one": lambda: TransformerLM([]),
     "hidden sizes [16, 32] differ": lambda: TransformerLM([PythiaLayer(32, 4, 48), InfiniLayer(16, 2, 24)]),
     "token_memory stands before the head": lambda: TransformerLM([TokenMemoryLayer(32), PythiaLayer(32, 4, 48)]),
-    "rows of its tokens: it runs inside a TransformerLM": lambda: TokenMemoryLayer(6)(torch.zeros(1, 1, 4, 6)),
+    "runs only inside a TransformerLM": lambda: TokenMemoryLayer(6)(torch.zeros(1, 1, 4, 6)),
     "vocab_size: 0": lambda: TransformerLM([PythiaLayer(32, 4, 48)], vocab_size=0),
     "segment_length: -3": lambda: TransformerLM([PythiaLayer(32, 4, 48)], segment_length=-3),
 }
@@ -230,5 +232,5 @@ def test_whatever_the_head_is_a_token_memory_reads_its_rows(kind, tied, tmp_path
         torch.testing.assert_close(model.compute_hidden(ids), hidden, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(model.open_stream(1).feed_hidden(ids), hidden, atol=1e-4, rtol=1e-4)
     if kind != "hooked":
-        with pytest.raises(UserError, match=r"embed_out is a .*; a model file holds its weight alone"):
+        with pytest.raises(UserError, match=r"embed_out is a .*; a model file can only hold a plain weight"):
             save_model(model, tmp_path)

@@ -150,7 +150,7 @@ def test_killed_between_the_checkpoint_and_its_best_weights(tmp_path, monkeypatc
     ("damage", "words"),
     [
         (lambda best: flip(best / "model.safetensors"), "model.safetensors: corrupted: the content does not match the"),
-        (edit_json("model.json", segment_length=9), "model.json: another structure"),
+        (edit_json("model.json", segment_length=9), "model.json: the structure is different"),
         (shutil.rmtree, "no saved model here"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Models: the family's factory, the language model, its state and its stream."""
+"""Language models: how to build, save and stream them, and their memory."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "export_pythia":  # lazily: models must not wait for transformers
+    if name == "export_pythia":  # lazy, so that importing models does not import transformers
         from new_llm.models.hf.gpt_neox import export_pythia
 
         return export_pythia

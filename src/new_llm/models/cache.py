@@ -1,20 +1,22 @@
-"""A cache around any trained model: what followed earlier in the same text. Nothing of it is trained.
+"""A cache around any trained model, which predicts from earlier parts of the same text. It needs no training.
 
-After the tokens x_1 … x_t, with h_i the head's input at token i, the components of the next token's distribution are
+After the tokens x_1 … x_t, with h_i the head's input at token i, the cache predicts the next token w by these
+components:
 
     states    p(w) ∝ Σ_{i = max(1, t − N)}^{t − 1} exp(θ sim(h_t, h_i)) [x_{i+1} = w]
     n-grams   p(w) = how often w followed the last n − 1 tokens in x_1 … x_t / how often anything did
-    match     p(w) = [x_{i+1} = w], where x_{i−L+1} … x_i is the longest end of the text that stands in it before, and
-              of equally long ones the latest
+    match     p(w) = [x_{i+1} = w], where x_{i−L+1} … x_i is the latest earlier occurrence of the longest suffix of the
+              text that occurs earlier in it
 
-and the cached model is their linear mixture with the model's own distribution,
+The result is their linear mixture with the model's own distribution,
 
-    p(w) = Σ_k λ_k p_k(w) / Σ_k λ_k,    k over the components that know anything here.
+    p(w) = Σ_k λ_k p_k(w) / Σ_k λ_k,    over the components k that have a prediction here.
 
-The weights λ depend on the longest context whose followers are known: at most n − 1 tokens, or with a match L. So a
-bigram can weigh more where there is no trigram. Contexts of three tokens and more are told apart by their information,
-the sum over their tokens of log2((i + 1) / (c + 1)), where the text had i tokens before, c of them equal: a match
-weighs more the rarer what it repeats, as the digits of a number are (`MATCH_BITS`).
+The weights λ depend on the longest context that occurred before: up to n − 1 tokens for n-grams, L for a match. So a
+bigram can weigh more if no trigram is known. Contexts of three tokens and more are further distinguished by their
+information, the sum over their tokens of log2((i + 1) / (c + 1)), where i tokens of the text precede the token, c of
+them equal to it. A match can thus weigh more if it repeats something rare, such as the digits of a number
+(`MATCH_BITS`).
 
 Sources: Improving Neural Language Models with a Continuous Cache, arXiv:1612.04426, eq. 2 to 5 (states); Kuhn and De
 Mori, A Cache-Based Natural Language Model for Speech Recognition, IEEE PAMI 12(6), 1990 (n-grams of the text itself);
@@ -37,39 +39,41 @@ from new_llm.config.model import COMPONENTS, MATCH_BITS, MAX_ORDER, CacheConfig
 Probabilities = NDArray[np.float64]
 MATCH = COMPONENTS.index("match")
 LONGEST_MATCH = 32
-"""Tokens by which a match is told from others: longer ones count as equally long."""
+"""Maximum length of a match in tokens; longer matches count as equally long."""
 KEY_LENGTH = 4
-"""Tokens by which earlier places are looked up; those that share them are compared one by one."""
+"""Number of tokens by which earlier positions are looked up; the candidates found are compared one by one."""
 QUERY_ROWS, QUERY_ROWS_ON_GPU = 256, 4096
-"""Positions that are compared with the states before them at once: a GPU is slow to start, a CPU has a small cache."""
+"""Number of positions compared with earlier states at once: many on a GPU, where launches are slow, few on a CPU, whose
+cache is small."""
 MIN_MODEL_WEIGHT = 1e-3
-"""Least weight that tuning gives the model, so that no token is impossible."""
+"""Minimum weight that tuning gives the model, so that no token becomes impossible."""
 EM_STEPS, EM_TOLERANCE = 50, 1e-4
-"""EM ends after this many steps, or with the first that changes no weight by more than this."""
+"""EM stops after this many steps, or once no weight changes by as much as this tolerance."""
 PRIOR_TOKENS = 20
-"""Tokens that the weights of shorter contexts count for in the weights of long ones, of which a text has few."""
+"""Weight, in tokens, of the prior in tuning the weights of long contexts, which are rare; see `tune_weights`."""
 
 
 # States
 
 
 def prepare_states(states: Tensor, similarity: Literal["cosine", "dot"]) -> Tensor:
-    """States whose inner products are their similarities, float32 or wider, [T, D]."""
+    """States [T, D], float32 or wider, scaled so that their inner products are the similarities."""
     wide = states.to(torch.promote_types(states.dtype, torch.float32))
     return torch.nn.functional.normalize(wide, dim=-1) if similarity == "cosine" else wide
 
 
 def compare_states(states: Tensor, begin: int, end: int, num_states: int) -> tuple[Tensor, int]:
-    """Similarities of the states [begin, end) with the `num_states` before each; −∞ elsewhere.
+    """Similarities of states begin … end − 1 to the `num_states` states before each.
 
     Args:
-        states: of `prepare_states`, [P, D].
-        begin: index of the first state that asks.
-        end: one past the last.
+        states: from `prepare_states`, [P, D].
+        begin: index of the first state to compare.
+        end: index of the last one, plus 1.
         num_states: N.
 
     Returns:
-        [end − begin, K], and the index of the state that column 0 stands for; K ≥ 1.
+        Similarities [end − begin, K], K ≥ 1, −∞ for states that are not among the N before; and the index of the state
+        in column 0.
     """
     first = max(0, begin - num_states)
     with torch.autocast(states.device.type, enabled=False):
@@ -82,17 +86,17 @@ def compare_states(states: Tensor, begin: int, end: int, num_states: int) -> tup
 def score_states(
     states: Tensor, tokens: Tensor, targets: Tensor, num_states: int, thetas: Sequence[float]
 ) -> Probabilities:
-    """The probability of each target by the states before it; see the module's equation.
+    """The probability of each target in the cache of states; see the module's equation.
 
     Args:
-        states: of `prepare_states`, those of P earlier tokens and of the T that predict, [P + T, D].
-        tokens: what was read there, [P + T].
-        targets: the token that follows each of the last T, [T].
+        states: from `prepare_states`, [P + T, D]: P earlier tokens', then those of the T tokens that predict.
+        tokens: the tokens at these positions, [P + T].
+        targets: the token after each of the last T positions, [T].
         num_states: N.
         thetas: Θ values of θ.
 
     Returns:
-        [T, Θ]; NaN at a text's first token, which no state comes before.
+        [T, Θ]; NaN at a text's first token, which has no state before it.
     """
     start = len(states) - len(targets)
     rows = QUERY_ROWS_ON_GPU if states.is_cuda else QUERY_ROWS
@@ -101,7 +105,7 @@ def score_states(
         end = min(begin + rows, len(states))
         similarities, first = compare_states(states, begin, end, num_states)
         followers = tokens[first + 1 : first + 1 + similarities.shape[1]]
-        if not len(followers):  # the first token alone
+        if not len(followers):  # only the text's first token
             continue
         is_target = (followers == targets[begin - start : end - start].unsqueeze(1)).to(similarities.dtype)
         for place, theta in enumerate(thetas):
@@ -111,12 +115,12 @@ def score_states(
 
 
 class Scored(NamedTuple):
-    """What the components know of each of T tokens.
+    """What the components predict for each of T tokens.
 
     Attributes:
-        probabilities: the token's by each component, in the order of `COMPONENTS`, [T, 6]; NaN where one is off or
-            knows nothing.
-        contexts: of `rank_context` for the longest context whose followers are known, [T].
+        probabilities: the token's probability by each component, in the order of `COMPONENTS`, [T, 6]; NaN if the
+            component is off or has no prediction.
+        contexts: `rank_context` of the longest context that occurred before, [T].
     """
 
     probabilities: Probabilities
@@ -124,8 +128,7 @@ class Scored(NamedTuple):
 
 
 def rank_context(lengths: Any, bits: Any = 0.0) -> Any:
-    """The row of `CacheConfig.weights` for a context of so many tokens and so much information; −1 tokens: there is
-    none. Numbers or arrays."""
+    """The rows of `CacheConfig.weights` for contexts of these lengths (−1: none) and bits of information."""
     return np.where(lengths < MAX_ORDER, lengths, MAX_ORDER + np.searchsorted(MATCH_BITS, bits, side="right")) + 1
 
 
@@ -133,10 +136,10 @@ def rank_context(lengths: Any, bits: Any = 0.0) -> Any:
 
 
 def score_ngrams(tokens: NDArray[np.int64], order: int) -> Probabilities:
-    """What `TextCache.score` finds for a whole text's n-grams, all tokens at once: [T − 1, order] for T tokens.
+    """The n-gram probabilities of `TextCache.score` for a whole text at once: [T − 1, order] for T tokens.
 
-    The n-gram that ends in a token has been seen as often as an equal one stands before it, and its context has been
-    followed by something as often.
+    A token's probability is the number of earlier occurrences of the n-gram that ends in it, divided by the number of
+    earlier occurrences of that n-gram's context.
     """
     found = np.full((len(tokens), order), np.nan)
     for length, known in enumerate(itertools.islice(_number_contexts(tokens), order)):
@@ -147,7 +150,7 @@ def score_ngrams(tokens: NDArray[np.int64], order: int) -> Probabilities:
 
 
 def score_match(tokens: NDArray[np.int64]) -> tuple[Probabilities, NDArray[np.int64]]:
-    """What `TextCache.score` finds for a whole text's matches: probabilities and contexts, [T − 1] for T tokens."""
+    """The match probabilities and contexts of `TextCache.score` for a whole text at once: [T − 1] each for T tokens."""
     found, lengths = np.full(len(tokens), np.nan), np.zeros(len(tokens), np.int64)
     counts, _ = _find_earlier(tokens)
     bits = np.concatenate([np.zeros(1), np.log2((np.arange(len(tokens)) + 1) / (counts + 1)).cumsum()])
@@ -163,7 +166,7 @@ def score_match(tokens: NDArray[np.int64]) -> tuple[Probabilities, NDArray[np.in
 
 
 def _number_contexts(tokens: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    """For 0, 1, 2, … tokens the contexts of this length, one before each token that has one, as numbers."""
+    """For each length 0, 1, 2, …: the contexts of that length, one per token that has one, numbered by content."""
     contexts = np.zeros(len(tokens), dtype=np.int64)
     for length in range(len(tokens)):
         yield contexts
@@ -172,7 +175,7 @@ def _number_contexts(tokens: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
 
 
 def _find_earlier(items: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """How many equal items precede each item, and the index of the last of them; −1: there is none."""
+    """For each item, how many equal items precede it, and the index of the last of these (−1: none)."""
     order = np.argsort(items, kind="stable")
     is_first = np.diff(items[order], prepend=-1) != 0
     places = np.arange(len(items))
@@ -191,8 +194,8 @@ class FollowerCounts:
 
     def __init__(self, order: int) -> None:
         self.order = order
-        self.counts: dict[tuple[int, ...], dict[int, int]] = {}  # followers of each context
-        self.totals: dict[tuple[int, ...], int] = {}  # their sum
+        self.counts: dict[tuple[int, ...], dict[int, int]] = {}  # by context: how often each token followed it
+        self.totals: dict[tuple[int, ...], int] = {}  # by context: the sum of these counts
         self.recent: tuple[int, ...] = ()  # the last order − 1 tokens
 
     def read(self, token: int) -> None:
@@ -204,7 +207,7 @@ class FollowerCounts:
         self.recent = (*self.recent, token)[1 - self.order :] if self.order > 1 else ()
 
     def unread(self, token: int, recent: tuple[int, ...]) -> None:
-        """Undo `read(token)`, before which the last tokens were `recent`."""
+        """Undo `read(token)`; `recent` is what `self.recent` was before it."""
         self.recent = recent
         for context in self.contexts():
             followers = self.counts[context]
@@ -216,24 +219,24 @@ class FollowerCounts:
                 del self.counts[context], self.totals[context]
 
     def contexts(self) -> Iterable[tuple[int, ...]]:
-        """The last 0, 1, … order − 1 tokens, as far as there are that many."""
+        """The contexts at the text's end: its last 0, 1, … order − 1 tokens."""
         return (self.recent[len(self.recent) - n :] for n in range(len(self.recent) + 1))
 
     def followers(self) -> list[tuple[dict[int, int], int]]:
-        """What followed each of the last contexts that has been seen, how often each, and all together."""
-        known = itertools.takewhile(self.totals.__contains__, self.contexts())  # no longer one than that has been seen
+        """For each known context at the text's end, shortest first: its followers' counts, and their sum."""
+        known = itertools.takewhile(self.totals.__contains__, self.contexts())  # if one is unknown, so are longer ones
         return [(self.counts[context], self.totals[context]) for context in known]
 
 
 class MatchFinder:
-    """The longest end of a text that stands in it before."""
+    """Finds the longest suffix of a text that occurs earlier in it."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.counts: dict[int, int] = {}  # of each token
-        self.bits = [0.0]  # the information of the text's first 0, 1, … tokens
-        self.latest: dict[tuple[int, ...], int] = {}  # where each run of 1 to KEY_LENGTH tokens ended last
-        # for each token, where the runs of 1, 2, … tokens that end in it had ended before; −1: nowhere
+        self.bits = [0.0]  # information of the text's first 0, 1, … tokens
+        self.latest: dict[tuple[int, ...], int] = {}  # position where each run of 1 to KEY_LENGTH tokens last ended
+        # for each token: where the runs of 1, 2, … tokens that end in it previously ended; −1: nowhere
         self.before: list[list[int]] = []
 
     def read(self, token: int) -> None:
@@ -261,7 +264,7 @@ class MatchFinder:
         del self.bits[-1]
 
     def find(self) -> tuple[int, int]:
-        """Its context, of `rank_context`, and the token that followed it; −1: there is none."""
+        """The suffix's context as `rank_context` numbers it, and the token that followed its occurrence (−1: none)."""
         here = len(self.tokens) - 1
         length, found = next(
             ((length, place) for length, place in reversed(list(enumerate(self.before[here], start=1))) if place >= 0),
@@ -283,7 +286,7 @@ class MatchFinder:
         return [tuple(self.tokens[-length:]) for length in range(1, 1 + min(KEY_LENGTH, len(self.tokens)))]
 
 
-# All
+# All components
 
 
 class TextCache:
@@ -295,14 +298,14 @@ class TextCache:
 
     def __init__(self, config: CacheConfig) -> None:
         self.config = config
-        self.states: Tensor | None = None  # of the last N tokens, [n, D]; the follower of the last is not known yet
+        self.states: Tensor | None = None  # of the last N tokens, [n, D]; the last one's follower is not known yet
         self.tokens: Tensor | None = None  # those tokens, [n]
         self.counts = FollowerCounts(config.ngram_order) if config.ngram_order else None
         self.matches = MatchFinder() if config.longest_match else None
 
     @torch.no_grad()
     def add(self, states: Tensor, tokens: Tensor) -> None:
-        """Remember the text's next tokens [T] and their states [T, D]."""
+        """Add the text's next tokens [T] and their states [T, D] to the cache."""
         num_states = self.config.num_states
         if num_states:
             states, tokens_here = self._join(states, tokens)
@@ -312,15 +315,15 @@ class TextCache:
 
     @torch.no_grad()
     def score(self, states: Tensor, tokens: Tensor, targets: Tensor) -> Scored:
-        """What the components know of the token after each of the text's next tokens, which are not kept.
+        """Score the targets after the text's next T tokens, which are not added to the cache.
 
         Args:
             states: [T, D].
             tokens: [T].
-            targets: [T].
+            targets: the token after each of them, [T].
 
         Returns:
-            Its probabilities are NaN for the model.
+            The components' predictions; column 0, the model's, is NaN.
         """
         found, contexts = np.full((len(tokens), len(COMPONENTS)), np.nan), np.zeros(len(tokens), np.int64)
         if self.config.num_states:
@@ -340,7 +343,9 @@ class TextCache:
 
     @torch.no_grad()
     def mix(self, states: Tensor, tokens: Tensor, probabilities: Tensor) -> Tensor:
-        """The mixture's distribution after each of the last R of the text's next tokens, which are not kept, [R, Z].
+        """The mixture's distributions, [R, Z], after the last R of the text's next T tokens.
+
+        The tokens are not added to the cache.
 
         Args:
             states: [T, D].
@@ -384,7 +389,7 @@ class TextCache:
             self.matches.read(token)
 
     def _scan(self, tokens: Tensor) -> Iterator[int]:
-        """Read the next tokens one by one, each before its place is yielded; in the end all is as it was."""
+        """Read the next tokens one by one, yielding each one's index after it is read; in the end, undo all of them."""
         if not (self.counts or self.matches):
             return
         befores: list[tuple[int, ...]] = []
@@ -410,8 +415,8 @@ def mix(scored: Scored, weights: Sequence[Sequence[float]] | Probabilities) -> P
     """The mixture's probability of each target, [T].
 
     Args:
-        scored: of `TextCache.score`, with the model's probabilities in column 0.
-        weights: λ by the longest context that is known, [8, 6].
+        scored: from `TextCache.score`, with the model's probabilities filled into column 0.
+        weights: λ by context (see `rank_context`) and component, [8, 6].
     """
     is_known = ~np.isnan(scored.probabilities)
     chosen = np.asarray(weights)[scored.contexts] * is_known
@@ -419,15 +424,15 @@ def mix(scored: Scored, weights: Sequence[Sequence[float]] | Probabilities) -> P
 
 
 def tune_weights(scored: Scored, start: Sequence[Sequence[float]]) -> Probabilities:
-    """The weights that make held-out text most probable, by expectation maximisation, [8, 6].
+    """The weights, [8, 6], under which held-out text is most probable, by expectation maximisation.
 
-    λ_k ← mean over the tokens of λ_k p_k / Σ_j λ_j p_j, for each kind of context by itself; contexts that only
-    a match has are joined by `PRIOR_TOKENS` tokens, shared out by the weights of the range before. What is maximised is
-    concave in λ, so that EM's own start does not matter.
+    λ_k ← mean over the tokens of λ_k p_k / Σ_j λ_j p_j, separately for each kind of context. For contexts that only
+    matches have, the weights of the previous kind act as a prior worth `PRIOR_TOKENS` tokens. The objective is concave
+    in λ, so EM's starting point does not matter.
 
     Args:
         scored: as for `mix`.
-        start: the weights of contexts that no token of the text has, [8, 6].
+        start: weights for kinds of context that do not occur in the text, [8, 6].
     """
     tuned = np.array(start, dtype=np.float64)
     for place in range(len(tuned)):
@@ -449,11 +454,12 @@ def tune_weights(scored: Scored, start: Sequence[Sequence[float]]) -> Probabilit
 
 
 def describe_cache(config: CacheConfig, hidden_size: int, vocab_size: int, element_bytes: int = 4) -> dict[str, int]:
-    """How much a text's cache stores.
+    """The storage that a text's cache needs.
 
     Returns:
-        `state_numbers` N (D + 1) and their `state_bytes`; `bytes_per_token` of the text itself, which n-grams and
-        matches are looked up in: 2 for a vocabulary of at most 65,536. Tables that find them faster can be made of it.
+        `state_numbers`, N (D + 1), and their `state_bytes`; `bytes_per_token` of the text itself, which n-grams and
+        matches need: 2 for a vocabulary of at most 65,536, else 4. Lookup tables don't count, since they can be rebuilt
+        from the text.
     """
     id_bytes = 2 if vocab_size <= 1 << 16 else 4
     return {

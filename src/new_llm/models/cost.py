@@ -1,4 +1,4 @@
-"""What a model costs: the state that reading on needs, the operations of a token, and whether it fits this machine."""
+"""What a model costs: the size of its memory and stream state, its FLOPs per token, and whether it fits in memory."""
 
 import os
 from collections.abc import Sequence
@@ -16,18 +16,18 @@ from new_llm.models.transformer import TransformerLM
 
 
 def count_memory(model: TransformerLM) -> int:
-    """Numbers that a row carries from segment to segment: 0 for softmax layers, whose keys are those of the segment."""
+    """Number of values that one row carries between segments; 0 for Pythia layers, whose keys stay in the segment."""
     memories = (layer.empty_memory(1, model.embed_in.weight) for layer in model.memory_layers.values())
     return sum(t.numel() for memory in memories for t in memory.tensors().values() if t.is_floating_point())
 
 
 def count_state(model: TransformerLM) -> int:
-    """Numbers that a stream of one row needs at most to read on: memories, and the sums or keys of an open segment.
+    """Maximum number of values that a one-row stream must hold: memories, and the sums or keys of an open segment.
 
-    They are counted in a stream that stands before the last token of its second segment. A softmax layer keeps 2 D
-    numbers for each token of the segment. A layer without a fast `step` keeps its inputs and computes the rest again.
-    Where the open segment's state is the memory itself, as it is after each token, the memory from before the segment
-    is not read again, and does not count.
+    Counted in a stream that has read two segments but for one token. A softmax layer holds 2 D values for each token of
+    the segment. A layer without a `step` of its own holds its inputs and recomputes the rest. If the open segment's
+    state is the memory itself, updated at each token, then the memory from before the segment is no longer needed and
+    does not count.
     """
     length = 2 * model.segment_length - 1
     with model.fresh_memory(1):
@@ -37,48 +37,40 @@ def count_state(model: TransformerLM) -> int:
     opened = {type(one) for states in stream.opened for one in states}
     read = [memory.finish_call() for memory in stream.memories if memory and type(memory) not in opened]
     kept = list_tensors([stream.opened, read])
-    found = {t.data_ptr(): t.numel() for t in kept if t.is_floating_point()}  # some hold one tensor under two names
+    found = {t.data_ptr(): t.numel() for t in kept if t.is_floating_point()}  # count shared tensors once
     return sum(number for place, number in found.items() if place not in weights)
 
 
 @torch.no_grad()
 def count_flops(model: TransformerLM, num_tokens: int) -> float:
-    """Floating-point operations of the forward pass for each of so many tokens of one row, as they are run.
+    """FLOPs per token of the forward pass over one row of `num_tokens` tokens, as actually executed.
 
-    Those of products are counted, two for a multiplication and addition: of elementwise operations, of which there are
-    far fewer, none. Training takes about three times as many.
+    Only matrix products are counted, as two operations per multiply-add; elementwise operations are far fewer. Training
+    takes about three times as many.
     """
     ids = torch.zeros(1, num_tokens, dtype=torch.int64, device=model.embed_in.weight.device)
-    # What the counter knows of attention is its products; fused, on a CPU, it does not see them.
+    # The counter does not see the products inside a CPU's fused attention, so use the unfused one.
     with model.fresh_memory(1), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(ids, update_memory=True)
     return counter.get_total_flops() / num_tokens
 
 
 def check_fits(layers: Sequence[Layer], vocab_size: int) -> None:
-    """Reject a model whose weights and memory are larger than this machine's memory.
-
-    Args:
-        layers: made on the meta device, where nothing is allocated.
-        vocab_size: rows of the embedding and the head.
-
-    Raises:
-        UserError: says how large the model would be.
-    """
+    """Raise UserError if a model's weights and memory exceed this machine's memory; `layers` are on the meta device."""
     limit = read_memory_limit()
     weights = [weight for layer in layers for weight in layer.parameters()]
     needed = sum(weight.numel() * weight.element_size() for weight in weights)
     needed += 2 * vocab_size * layers[0].hidden_size * torch.get_default_dtype().itemsize
-    if needed <= limit:  # only then do the sizes of memories fit 64 bits
+    if needed <= limit:  # otherwise the sizes of memories might not fit in 64 bits
         needed += sum(layer.memory_bytes for layer in layers)
     if needed > limit:
         raise UserError(
-            f"too large: its weights and memory take at least {format_bytes(needed)}, but {format_bytes(limit)} are "
-            "what this process may use"
+            f"too large: its weights and memory take at least {format_bytes(needed)}, but this process can use only "
+            f"{format_bytes(limit)}"
         )
 
 
 def read_memory_limit() -> int:
-    """Bytes that this process can have: the machine's memory, or less where the user has set a limit."""
+    """Bytes that this process can use: the machine's memory, or the user's limit if that is lower."""
     machine, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), read_address_limit()
     return machine if limit is None else min(machine, limit)

@@ -1,8 +1,8 @@
-"""Fast decoding: products for steps that multiply every weight with few rows, and steps captured as CUDA graphs.
+"""Fast decoding: matrix products for few rows, and CUDA graphs.
 
-The time of a step is the time to read the weights. On a CPU with a C compiler, kernels read them in place, a whole
-Pythia layer per call; without a compiler oneDNN reads a copy in its own layout. On a GPU a short step's time is that of
-launching its kernels: recorded once in a CUDA graph, they start again by a single launch.
+A decoding step takes as long as reading the weights. On a CPU with a C compiler, C kernels read them in place, a whole
+Pythia layer per call; without a compiler, oneDNN reads a copy in its own layout. On a GPU, kernel launches dominate a
+step; once captured in a CUDA graph, all kernels of a step take a single launch.
 """
 
 import functools
@@ -32,7 +32,7 @@ from new_llm.models.ops.kernels.native import (
 from new_llm.models.state import MemoryState
 
 MAX_PACKED_ROWS = 8
-"""Most rows for which the packed weight is used; with more, the usual product is as fast."""
+"""Maximum number of rows for which packed weights are used; with more, the usual product is as fast."""
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 LINEARS = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -42,14 +42,18 @@ Forward = Callable[[Tensor], Tensor]
 
 MAX_TRITON_ROWS = 16
 TRITON_HEAD_SIZES = (16, 32, 64, 128)
-"""Rows, and widths of heads, that Triton's kernels take."""
+"""The numbers of rows and the head sizes that the Triton kernels support."""
 
 
 class DecodingWeights:
-    """A model's weights for one generation of `num_rows` rows; with many rows the usual product is faster.
+    """Replaces a model's products and steps by faster ones while it generates.
 
-    The model's modules and hooks are taken as they are now. `packs` lets oneDNN, where there are no kernels, copy the
-    weights, which takes as long as some steps.
+    What is replaced depends on the model's modules and hooks at construction.
+
+    Args:
+        model: the model.
+        num_rows: number of rows; with many, the usual products are faster and stay.
+        packs: whether oneDNN may copy weights for which there are no C kernels, which takes as long as a few steps.
     """
 
     def __init__(self, model: nn.Module, *, num_rows: int, packs: bool) -> None:
@@ -62,7 +66,7 @@ class DecodingWeights:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Use them inside the block. Blocks of one model must not overlap."""
+        """Use the replacements inside the block. Blocks of one model must not overlap."""
         try:
             for module, name, replacement in self.replaced:
                 vars(module)[name] = replacement
@@ -73,9 +77,9 @@ class DecodingWeights:
 
 
 def choose_forward(linear: nn.Linear, num_rows: int, packs: bool) -> Forward | None:
-    """The fastest product of few rows with a layer's weight; None: the usual one.
+    """A faster `forward` for a linear layer with few rows: a C kernel, or with `packs` oneDNN; None: there is none.
 
-    It is compiled, or with `packs` oneDNN's; with gradients, under autocast and with more rows the usual one.
+    With gradients, under autocast and for more rows, it falls back to the usual product.
     """
     dtype = linear.weight.dtype
     if num_rows <= MAX_ROWS.get(dtype, 0) and native.find_kernels(*linear.parameters()) is not None:
@@ -112,9 +116,10 @@ def can_pack(weight: Tensor) -> bool:
 
 
 def choose_step(layer: nn.Module) -> type["FusedPythiaStep | TritonStep"] | None:
-    """What computes a layer's step faster than the layer itself; None: nothing does.
+    """The class that replaces a layer's `step` by a faster one; None: there is none.
 
-    It must be a Pythia or Infini layer of plain parts, without hooks, whose weights have one dtype.
+    The layer must be a `PythiaLayer` or `InfiniLayer` whose parts are neither wrapped nor hooked, with all weights
+    contiguous and of one dtype.
     """
     if type(layer) not in ATTENTIONS or "step" in vars(layer):
         return None
@@ -142,10 +147,11 @@ def choose_step(layer: nn.Module) -> type["FusedPythiaStep | TritonStep"] | None
 
 
 class TritonStep:
-    """Replaces `layer.step` on a GPU: one token of few rows in three launches, everything else by the layer itself.
+    """Replaces `layer.step` on a GPU: computes one token in few rows with three launches.
 
-    It takes the steps of `MemoryStream.read_token`, which change tensors in place, of plain Pythia layers and of Infini
-    layers with the default features and heads up to 128 wide. Sums are float32 throughout. Weights are read in place.
+    It handles steps from `MemoryStream.read_token`, which change tensors in place; any other step is left to the layer.
+    It supports Pythia layers, and Infini layers for which `CompressiveAttention.is_plain`, with a head size in
+    `TRITON_HEAD_SIZES`. Sums are float32 throughout. Weights are read in place.
     """
 
     def __init__(self, layer: Block) -> None:
@@ -153,11 +159,12 @@ class TritonStep:
         self.kept: dict[tuple[int, int], tuple[tuple[Tensor, Tensor], Tensor]] = {}
 
     def __call__(self, hidden: Tensor, opened: Any, memory: MemoryState | None, step: Step) -> tuple[Tensor, Any]:
-        """As `Layer.step`."""
+        """See `Layer.step`."""
         layer, attention = self.layer, cast(Any, self.layer.attention)
         is_in_place = step.start is None and step.valid is None and hidden.shape[1] == 1 and hidden.is_contiguous()
         is_narrow = torch.is_autocast_enabled(hidden.device.type) or hidden.dtype != attention.dense.weight.dtype
-        is_first = isinstance(attention, InfiniAttention) and memory is None  # its sums are one tensor
+        # With an empty memory, `products` and `writes` may be one tensor, which the kernel would update twice.
+        is_first = isinstance(attention, InfiniAttention) and memory is None
         if not is_in_place or is_first or is_narrow or len(hidden) > MAX_TRITON_ROWS:
             return type(layer).step(layer, hidden, opened, memory, step)
         steps = kernels.load_triton_steps()
@@ -171,7 +178,7 @@ class TritonStep:
             settings = (attention.rotary_dim, attention.rotary_emb_base, torch.float32)
             case = step.longest, len(hidden)
             if case not in self.kept:
-                key = "all", settings, attention.num_heads  # equal layers, which run one after another, share both
+                key = "all", settings, attention.num_heads  # layers with equal settings run in turn and share both
                 if key not in step.shared:
                     angles = compute_rotary_angles(torch.arange(step.longest, device=hidden.device), *settings)
                     done = torch.zeros(len(hidden) * attention.num_heads, dtype=torch.int32, device=hidden.device)
@@ -193,10 +200,10 @@ class TritonStep:
 
 
 class FusedPythiaStep:
-    """Replaces `layer.step`: one token of few rows runs compiled, everything else by the layer itself.
+    """Replaces a Pythia layer's `step` on a CPU: computes one token in few rows with a C kernel.
 
-    Sums are float32 throughout, also where the layer's own step rounds to 16 bits in between. Weights are read in
-    place, so what changes in them is seen.
+    Any other step is left to the layer. Sums are float32 throughout, even where the layer's own step rounds to 16 bits
+    in between. Weights are read in place, so changes to them take effect.
     """
 
     def __init__(self, layer: Block) -> None:
@@ -207,7 +214,7 @@ class FusedPythiaStep:
     def __call__(
         self, hidden: Tensor, opened: KeyValueCache | None, memory: None, step: Step
     ) -> tuple[Tensor, KeyValueCache]:
-        """As `Layer.step`."""
+        """See `Layer.step`."""
         is_short = hidden.shape[1] == 1 and len(hidden) <= MAX_STEP_ROWS and hidden.is_contiguous()
         if not is_short or hidden.dtype != self.call.dtype or not can_run_compiled(hidden):
             return Block.step(self.layer, hidden, opened, memory, step)
@@ -225,19 +232,19 @@ class FusedPythiaStep:
 
 
 class CapturedCall:
-    """Makes a call at first as it is, captures it the second time, and then replays that.
+    """Runs a function on a GPU: directly the first time, then captured as a CUDA graph and replayed.
 
-    The call takes nothing and returns nothing: what it reads and changes are tensors that keep their places, and it
-    asks the device nothing. Elsewhere than on a GPU it is made as it is every time.
+    The function takes and returns nothing. It must read and change tensors that stay at the same address, and must not
+    synchronise. On other devices it is always run directly.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.is_warm = False  # what is made at a first call, such as cuBLAS's workspaces, can't be captured
+        self.is_warm = False  # what a first call allocates, such as cuBLAS's workspaces, can't be captured
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, call: Callable[[], None]) -> None:
-        """Make the call."""
+        """Run `call`, or replay its graph."""
         if self.device.type != "cuda" or not self.is_warm:
             call()
             self.is_warm = True
@@ -249,14 +256,15 @@ class CapturedCall:
 
 
 def capture(call: Callable[[], None], keeper: torch.cuda.CUDAGraph | None = None) -> torch.cuda.CUDAGraph:
-    """The graph of a call, which is not made; `keeper` is one whose pool of memory it shares.
+    """Capture a call as a graph, without running it. The graph shares the memory pool of `keeper`, another graph.
 
-    `torch.cuda.graph` also waits for the device and frees all cached memory, which takes longer than some tokens.
+    Unlike `torch.cuda.graph` this does not synchronise and free all cached memory, which would take as long as several
+    tokens.
     """
     graph, stream = torch.cuda.CUDAGraph(), find_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     collects = gc.isenabled()
-    gc.disable()  # an old graph must not be destroyed meanwhile
+    gc.disable()  # an old graph must not be destroyed during capture
     try:
         with torch.cuda.stream(stream):
             graph.capture_begin(*([] if keeper is None else [keeper.pool()]), capture_error_mode="thread_local")
@@ -273,15 +281,16 @@ def capture(call: Callable[[], None], keeper: torch.cuda.CUDAGraph | None = None
 
 @functools.cache
 def find_stream(device: int) -> torch.cuda.Stream:
-    """The stream of all captures: cuBLAS keeps a workspace for every stream that it has seen."""
+    """The stream on which all captures run: cuBLAS keeps a workspace for every stream that it has seen."""
     return torch.cuda.Stream(device)
 
 
 @functools.cache
 def find_pool(device: torch.device, stream: int) -> torch.cuda.CUDAGraph:
-    """A graph whose pool all graphs replayed on a stream share; their calls leave nothing in it.
+    """A graph whose memory pool is shared by all graphs that are replayed on this stream.
 
-    A pool of its own for each graph would stay reserved when the graph is gone.
+    They can share it because their calls leave nothing in it. A separate pool per graph would stay reserved after the
+    graph is destroyed.
     """
     number = torch.zeros(1, device=device)
 

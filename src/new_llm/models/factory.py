@@ -1,4 +1,4 @@
-"""`create_model`: the model types by name, their options and recipes, and how their models are built."""
+"""`create_model`: the model types, their options and recipes, and how their models are built."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ class PlacementOptions:
     """Which layers of the stack have memory."""
 
     memory_layers: Annotated[tuple[int, ...], Field(min_length=1), short("--memory-layers")] = (0,)
-    """Indices of the memory layers, from 0, or from −1 at the end; all others are Pythia layers."""
+    """Indices of the memory layers, from 0; negative ones count from the end. All other layers are Pythia layers."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class ModelKind:
 
     Attributes:
         options: the dataclasses of its options.
-        build: makes its layers from the shape and all options.
-        is_selective: whether the options are those of a model of several passes, not of its layers.
-        reads_segments: whether an experiment cuts its samples into segments or lets it read them whole.
-        is_matched: whether `match_parameters` changes its width; not where it is to be larger.
+        build: builds its layers from the shape and all options.
+        is_selective: whether the model runs several passes, so that the options are the model's, not its layers'.
+        reads_segments: whether an experiment cuts its samples into segments; if False, it reads them whole.
+        is_matched: whether `match_parameters` adjusts its width; False if the model is meant to be larger.
     """
 
     options: tuple[type, ...]
@@ -47,7 +47,7 @@ class ModelKind:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Its options and their default values."""
+        """Default values by option name."""
         return {key: value for kind in self.options for key, value in dataclasses.asdict(kind()).items()}
 
 
@@ -65,7 +65,7 @@ def _build_rmt(shape: PythiaConfig, options: dict[str, Any]) -> list[Layer]:
 
 
 def _describe_layer_model(layer_type: type[Layer]) -> ModelKind:
-    """A stack of Pythia layers in which some or all are replaced by this layer, or which it follows before the head."""
+    """The type of models where this layer replaces some or all Pythia layers, or stands between them and the head."""
     is_placed = not (layer_type.fills_model or layer_type.stands_before_head)
 
     def build(shape: PythiaConfig, options: dict[str, Any]) -> list[Layer]:
@@ -85,11 +85,7 @@ def _describe_layer_model(layer_type: type[Layer]) -> ModelKind:
 
 
 def find_places(given: tuple[int, ...], num_layers: int) -> set[int]:
-    """The indices in `memory_layers`, counted from 0.
-
-    Raises:
-        UserError: the model has no such layer, or a layer is named twice.
-    """
+    """Resolve `memory_layers` to indices from 0. Raises UserError for unknown layers and duplicates."""
     if any(not -num_layers <= index < num_layers for index in given):
         raise UserError(f"memory_layers: {list(given)}: the layers are 0 to {num_layers - 1}")
     places = {index % num_layers for index in given}
@@ -110,23 +106,19 @@ MODEL_KINDS: dict[str, ModelKind] = {
     "selective": ModelKind((SelectiveOptions,), _build_pythia, is_selective=True),
     "deep_pythia": ModelKind((DepthOptions,), _build_deep, is_matched=False),
 }
-"""The built-in model types by name. A user's own layer is one too: `my_module:MyLayer`."""
+"""The built-in model types by name. A layer of the user's own is a model type, too: `my_module:MyLayer`."""
 
 ModelType = StrEnum("ModelType", {name.upper(): name for name in MODEL_KINDS})
-"""The built-in model types, for completion in an editor: `ModelType.INFINI` is "infini"."""
+"""The built-in model types as an enum, for completion in editors: `ModelType.INFINI` is "infini"."""
 
 
 def find_model_kind(model_type: str) -> ModelKind:
-    """Find a model type by name; the module of a user's own layer, `my_module:MyLayer`, is imported.
-
-    Raises:
-        ValueError: it is unknown; names the known ones.
-    """
+    """Find a model type by name, `my_module:MyLayer` in its module. Raises ValueError, with the known names."""
     name = str(model_type)
     if ":" in name:
         layer_type = load_by_name(name, "a layer")
         if not isinstance(layer_type, type) or not issubclass(layer_type, Layer) or "kind" not in vars(layer_type):
-            raise UserError(f"{name}: is not a layer class decorated with register_layer")
+            raise UserError(f"{name} is not a layer class decorated with register_layer")
         return _describe_layer_model(layer_type)
     if name in LAYER_KINDS and name not in MODEL_KINDS and LAYER_KINDS[name].is_model_type:
         return _describe_layer_model(LAYER_KINDS[name])  # registered by the calling program
@@ -136,18 +128,18 @@ def find_model_kind(model_type: str) -> ModelKind:
     return MODEL_KINDS[name]
 
 
-# Named recipes: options that a study found to work better than the defaults, or that a mechanism's authors use.
-# `create_model("infini", recipe="tuned")` and `--recipe tuned` use them; options given explicitly override them.
+# Named recipes: options that worked better than the defaults in a study, or that a mechanism's authors use.
+# Select one by `create_model("infini", recipe="tuned")` or `--recipe tuned`; options given explicitly override it.
 
 
 _TUNED_MEMORY: dict[str, Any] = {
-    # In the last layer a read reaches the head directly. The figures are in docs/experiments/memory.md, "All tables".
+    # From the last layer, reads reach the head directly. The figures are in docs/experiments/memory.md, "All tables".
     "memory_layers": (-1,),
-    # Gates start open, at 0.88, where training takes them.
+    # Gates start open, at 0.88, which is where training takes them anyway.
     "gate_init": 2.0,
     # A query finds what followed similar contexts.
     "use_key_shift": True,
-    # Few features of a token are large and W_k starts as W_q, so that only similar tokens match ("plain-start").
+    # Each token has few large features, and W_k starts as W_q, so that only similar tokens match ("plain-start").
     "query_key_init_scale": 6.0,
     "query_key_init_bias": -3.0,
     "match_query_key_init": True,
@@ -158,11 +150,11 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "infini": _TUNED_MEMORY,
         "multi_memory": _TUNED_MEMORY,
         "hierarchical": _TUNED_MEMORY,
-        # studies/token-ablations.yaml: its "plain-start" loses.
+        # from studies/token-ablations.yaml, whose variant "plain-start" does worse
         "token_memory": {"query_key_init_scale": 6.0},
     },
-    # What makes a gated delta rule, in the specification's layer: on addresses it gained more than twice what "tuned"
-    # did, there with samples of 4 segments in place of 8 (docs/experiments/addresses.md).
+    # The parts of a gated delta rule, in the Infini layer. On addresses this gained more than twice as much as "tuned",
+    # which was run with samples of 4 segments instead of 8 (docs/experiments/addresses.md).
     "tokenwise": {
         "infini": {
             "local_attention": "softmax",
@@ -174,20 +166,20 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "convolution_size": 4,
         },
     },
-    # Each mechanism as its authors have it, where the default is the specification's form.
+    # Each mechanism in its authors' form, if that differs from the default.
     "published": {
         "infini": {"local_attention": "softmax"},  # arXiv:2404.07143
         "multi_memory": {"router": "top1"},  # arXiv:2502.13685
         "hierarchical": {"hierarchy": "fenwick"},  # arXiv:2506.04761
-        # arXiv:2604.21106: the map between passes begins as the identity, and each pass sees the tokens and has a loss.
+        # arXiv:2604.21106: the projection starts as the identity, and each pass gets the embedding and has a loss.
         "selective": {"projection_init": "identity", "add_embedding": True, "earlier_pass_weight": 1.0},
     },
 }
-"""Options by recipe and model type; model types that a recipe does not name keep their defaults."""
+"""Options by recipe and model type; a model type that a recipe does not list keeps its defaults."""
 
 
 def resolve_options(model_type: str, options: Mapping[str, Any], recipe: str | None = None) -> dict[str, Any]:
-    """All options of a model type; given values override the recipe's, which override the defaults.
+    """All options of a model type: `options` override the recipe, which overrides the defaults.
 
     Raises:
         ValueError: the model type, recipe or an option is unknown, or a value is out of range.
@@ -198,7 +190,7 @@ def resolve_options(model_type: str, options: Mapping[str, Any], recipe: str | N
     allowed = kind.defaults
     if unknown := sorted(set(options) - set(allowed)):
         names = ", ".join((*allowed, "segment_length"))
-        raise UserError(f"{model_type} takes no option {', '.join(unknown)}; allowed are {names}")
+        raise UserError(f"{model_type} has no option {', '.join(unknown)}; allowed are {names}")
     values = {**(RECIPES[recipe].get(str(model_type), {}) if recipe else {}), **options}
     resolved: dict[str, Any] = {}
     for part in kind.options:
@@ -212,16 +204,16 @@ def resolve_options(model_type: str, options: Mapping[str, Any], recipe: str | N
 
 
 MATCHED_SHARE = 0.01
-"""How far apart models' parameters may be."""
+"""Tolerance of `match_parameters`, as a share of the number of parameters."""
 
 
 def match_parameters(model_type: str, shape: PythiaConfig, **options: Any) -> PythiaConfig:
-    """The shape with the MLP width at which a model has as many parameters as a Pythia of the given shape.
+    """Adjust the MLP width so that a model has as many parameters as a Pythia of the given shape.
 
-    The shape is returned as it is where they are within `MATCHED_SHARE`, and where the model has no MLPs.
+    The shape stays the same if the numbers already agree within `MATCHED_SHARE`, or if the model has no MLPs.
 
     Raises:
-        UserError: even with MLPs of width 1 the model has more parameters.
+        UserError: the model has more parameters even with MLPs of width 1.
     """
     if not find_model_kind(model_type).is_matched:
         return shape
@@ -239,8 +231,8 @@ def match_parameters(model_type: str, shape: PythiaConfig, **options: Any) -> Py
     matched = width + round((wanted - found) / per_unit)
     if matched < 1:
         raise UserError(
-            f"model.match_parameters: {model_type} has {found - wanted:,} parameters more than a Pythia of the shape, "
-            "which narrower MLPs can't save: give model.intermediate_size, or match_parameters: false"
+            f"model.match_parameters: {model_type} has {found - wanted:,} parameters more than a Pythia of this shape, "
+            "which narrower MLPs can't make up for: set model.intermediate_size, or match_parameters to false"
         )
     return dataclasses.replace(shape, intermediate_size=matched)
 
@@ -254,32 +246,33 @@ def create_model(
     segment_length: int | None = None,
     **options: Any,
 ) -> TransformerLM:
-    """Make a model with fresh weights from torch's global generator.
+    """Create a model with new weights, drawn from torch's global generator.
 
     Args:
-        model_type: pythia, infini, multi_memory, hierarchical; token_memory, a Pythia with a memory before its head;
-            transformer_xl, whose layers keep the last tokens' keys and values; gated_delta; rmt, whose layers
-            hand vectors from segment to segment; selective, a Pythia with extra passes; deep_pythia, a Pythia with as
-            many layers as that selective model runs; or a layer of your own, `my_module:MyLayer`.
+        model_type: pythia; pythia_segments, the same model, which experiments cut into segments; infini;
+            multi_memory; hierarchical; gated_delta; token_memory, a Pythia with a memory before its head;
+            transformer_xl, whose layers cache the last tokens' keys and values; rmt, which passes memory vectors from
+            segment to segment; selective, a Pythia with extra passes; deep_pythia, a Pythia with as many layers as
+            that model runs in all passes; or a layer of your own, `my_module:MyLayer`.
         config: the shape; None: that of `size`.
         size: the name of a shape, 14m to 410m; None: 70m.
         recipe: the name of a set of options, see `RECIPES`; None: the defaults.
-        segment_length: tokens in a segment; None: max_position_embeddings.
-        options: fields of the model type's option dataclasses; see `resolve_options`.
+        segment_length: number of tokens in a segment; None: max_position_embeddings.
+        options: fields of the model type's option dataclasses, see `ModelKind.options`.
 
     Raises:
-        ValueError: the model type, recipe or an option is unknown, or a value is out of range; names what is allowed.
-            Or the model is too large for this machine.
+        ValueError: the model type, recipe or an option is unknown, or a value is out of range; the message lists what
+            is allowed. Or the model is too large for this machine.
     """
     resolved = resolve_options(model_type, options, recipe)
     if config is not None and size is not None:
-        raise UserError(f"size: {size} can't be combined with a config; give one of them")
+        raise UserError(f"size: {size} can't be combined with a config; give only one of them")
     shape = config or PythiaConfig.of_size(size or "70m")
     most, kind = shape.max_position_embeddings, find_model_kind(model_type)
     length = most if segment_length is None else segment_length
     if not isinstance(length, int) or not 1 <= length <= most:
         raise UserError(f"segment_length: {length} is out of range; allowed are 1 to max_position_embeddings ({most})")
-    if torch.get_default_device().type == "cpu":  # elsewhere too much is refused at once
+    if torch.get_default_device().type == "cpu":  # other devices refuse at once to allocate too much
         with torch.device("meta"):
             check_fits(kind.build(shape, resolved), shape.vocab_size)
     model_class: Callable[..., TransformerLM] = SelectiveOutputLM if kind.is_selective else TransformerLM

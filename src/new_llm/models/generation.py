@@ -1,4 +1,4 @@
-"""Continuing a text: the prompt read whole, then one token per step, in constant memory at any length."""
+"""Text generation: read the prompt, then make one token per step, in constant memory at any length."""
 
 import dataclasses
 import time
@@ -17,14 +17,14 @@ from new_llm.models.inputs import check_input_ids, check_mask, mark_valid, plan_
 from new_llm.models.sampling import StoppingText, TokenSampler
 
 PACK_FROM = 16
-"""Fewest new tokens for which packing the weights pays off."""
+"""Minimum number of new tokens for which packing the weights pays off."""
 LOOK_EVERY = {"cpu": 1, "cuda": 16}
-"""How many tokens are made between two looks at whether a row has ended: a look waits for the device. Tokens that a row
-made after its end are thrown away. Where text or tokens are shown, or memory is kept, each token is looked at."""
+"""Number of tokens between two checks of whether rows have ended; a check synchronises. What a row generates after its
+end is discarded. With a tokenizer, caches or `update_memory`, every token is checked."""
 STEPS_IN_PLACE = {"cuda"}
-"""Devices where a token is read and the next one chosen by one call that changes tensors in place."""
+"""Devices on which a single call, which changes tensors in place, reads a token and chooses the next one."""
 OnText = Callable[[int, str], None]
-"""Called with a row and its new text."""
+"""Called with a row's index and its new text."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class GenerationStatistics:
     """Counts, times and texts of a generation.
 
     Attributes:
-        num_tokens: new tokens of all rows.
+        num_tokens: number of new tokens in all rows.
         seconds: total wall time.
-        passes: passes through the layers for each token.
-        num_prompt_tokens: tokens of the prompts.
+        passes: number of passes through the layers per token.
+        num_prompt_tokens: number of tokens in all prompts.
         prompt_seconds: the part of `seconds` spent reading the prompts.
-        row_tokens: new tokens of each row, including a stop token or the tokens of a stop string.
-        finish_reasons: for each row `stop` (a stop token or string) or `length` (max_new_tokens were made).
-        texts: for each row the text of its new tokens before the stop; None: no tokenizer was given.
+        row_tokens: number of new tokens in each row, including a stop token or the tokens of a stop string.
+        finish_reasons: for each row, `stop` (a stop token or string) or `length` (max_new_tokens were generated).
+        texts: for each row, the text of its new tokens before the stop; None: no tokenizer was given.
     """
 
     num_tokens: int
@@ -71,30 +71,31 @@ def generate(
 ) -> tuple[Tensor, GenerationStatistics]:
     """Continue each row's text, starting from the held memory, which changes only with `update_memory`.
 
-    Each row continues as it would alone, wherever its padding is: masked tokens take no position.
+    Each row continues as it would alone, wherever its padding is, since masked tokens take no position.
 
     Args:
-        model: any model of the family.
+        model: a `TransformerLM`.
         input_ids: the prompts, [B, T].
         attention_mask: [B, T], 1 or True at real tokens.
         config: the settings; None: the defaults, which are greedy.
         tokenizer: needed for stop strings and `on_text`; adds the texts to the statistics.
-        on_text: called with text as it is made, whole characters only.
-        update_memory: keep what was read, prompts and all new tokens, as `model(ids, update_memory=True)` does.
-        use_selective: False: a single pass per token, also for a model with several.
-        options: fields of `GenerationConfig` that override the config's, such as `max_new_tokens`.
+        on_text: called with new text as it is generated, in whole characters.
+        update_memory: keep in memory what was read, prompts and all new tokens, as `model(ids, update_memory=True)`
+            does.
+        use_selective: False: a single pass per token, even if the model has several.
+        options: fields of `GenerationConfig`, such as `max_new_tokens`; they override `config`.
 
     Returns:
-        Ids [B, T + N], N the new tokens of the longest row, and the statistics. Columns 0 … T − 1 are `input_ids`; each
-        row's new tokens begin in column T and are followed by `pad_token_id`.
+        Ids [B, T + N], where N is the largest number of new tokens in a row, and the statistics. Columns 0 … T − 1 are
+        `input_ids`; each row's new tokens start at column T and are followed by `pad_token_id`.
 
     Raises:
-        ValueError: an empty prompt, a row without real tokens, ids outside the vocabulary, a setting out of range,
-            stop strings or `on_text` without a tokenizer, or rows that do not fit the held memory's.
+        ValueError: a prompt is empty or has no real tokens, ids are outside the vocabulary, a setting is out of range,
+            there are stop strings or `on_text` but no tokenizer, or the batch size differs from the held memory's rows.
     """
     config = dataclasses.replace(config or GenerationConfig(), **options)
     if tokenizer is None and on_text is not None:
-        raise ValueError("on_text: a tokenizer is needed to make text")
+        raise ValueError("on_text: a tokenizer is needed to decode tokens")
     run = GenerationRun(
         model, input_ids, attention_mask, config, tokenizer, update_memory=update_memory, use_selective=use_selective
     )
@@ -106,9 +107,7 @@ def generate(
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """Prompts as ids [B, T], padded with 0 on the right, and a mask of real tokens [B, T] bool; an empty one is an
-    error.
-    """
+    """Prompts as ids [B, T], padded with 0 on the right, and their mask [B, T]. Raises ValueError if one is empty."""
     rows = [torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64) for text in prompts]
     if not rows or not all(map(len, rows)):
         raise ValueError("the prompt is empty: at least one token is needed")
@@ -117,7 +116,7 @@ def encode_prompts(tokenizer: Tokenizer, prompts: list[str]) -> tuple[Tensor, Te
 
 
 class GenerationRun:
-    """What one call of `generate` keeps from token to token."""
+    """The state of one call of `generate`."""
 
     def __init__(
         self,
@@ -131,7 +130,7 @@ class GenerationRun:
         use_selective: bool = True,
     ) -> None:
         if input_ids.numel() == 0:
-            raise ValueError(f"the prompt is empty: input_ids of shape {tuple(input_ids.shape)} have no token")
+            raise ValueError(f"the prompt is empty: input_ids have shape {tuple(input_ids.shape)}")
         check_input_ids(input_ids.cpu(), model.vocab_size)
         check_mask(attention_mask, input_ids)
         if attention_mask is not None and not (is_real := attention_mask.to(torch.bool).any(1)).all():
@@ -139,7 +138,7 @@ class GenerationRun:
             raise ValueError(f"attention_mask: row {row} has no real token; its prompt is empty")
         for name, ids in (("pad_token_id", (config.pad_token_id,)), ("eos_token_id", config.eos_token_id)):
             if any(token >= model.vocab_size for token in ids):
-                raise ValueError(f"{name}: {max(ids)}; the model knows 0 to {model.vocab_size - 1}")
+                raise ValueError(f"{name}: {max(ids)}; the model's vocabulary is 0 to {model.vocab_size - 1}")
         if config.stop_strings and tokenizer is None:
             raise ValueError("stop_strings: a tokenizer is needed to find them in the text")
         self.model, self.config, self.update_memory = model, config, update_memory
@@ -152,7 +151,7 @@ class GenerationRun:
             real = [ids if self.mask is None else ids[self.mask[row]] for row, ids in enumerate(self.input_ids)]
             self.texts = [StoppingText(tokenizer, config.stop_strings, ids.tolist()) for ids in real]
         self.parts: list[list[str]] = [[] for _ in range(rows)]
-        self.pieces = [""] * rows  # of text that the last step completed
+        self.pieces = [""] * rows  # the text that the last step completed
         self.num_new = [0] * rows
         self.is_done = [False] * rows
         self.new_ids = torch.full((rows, config.max_new_tokens), config.pad_token_id, device=device)
@@ -160,7 +159,7 @@ class GenerationRun:
         self.caches = [TextCache(config.cache) for _ in range(rows)] if config.cache.is_on else None
 
     def run(self) -> Iterator[None]:
-        """Read the prompts, then make one token per row between two yields; updates the memory at the end if asked."""
+        """Read the prompts, then generate one token per row before each yield; finally update memory, if asked to."""
         begin = time.perf_counter()
         self.step: CapturedCall | None = None
         self.tracks = self.texts is not None or bool(self.config.eos_token_id)
@@ -171,7 +170,8 @@ class GenerationRun:
         weights = DecodingWeights(self.model, num_rows=len(self.input_ids), packs=packs)
         with torch.no_grad(), weights.in_use():
             logits = self._read_prompts()
-        # One call, which a CUDA graph replays, makes a token; hooks would not be called then.
+        # One call, replayed as a CUDA graph, makes a token. A replay calls no hooks, so a model with hooks can't use
+        # it.
         steps_in_place = (
             packs
             and self.input_ids.device.type in STEPS_IN_PLACE
@@ -182,7 +182,7 @@ class GenerationRun:
         unread = making = [True] * len(self.is_done)
         self.prompt_seconds = self.seconds = time.perf_counter() - begin
         for number in range(self.config.max_new_tokens):
-            # Between two yields the caller runs: untimed, with its own gradient mode, and with the model unpatched.
+            # At a yield the caller runs: outside the timing, in its own gradient mode, and with the model unpatched.
             begin = time.perf_counter()
             with torch.no_grad(), weights.in_use():
                 if number and steps_in_place and (not self.update_memory or all(unread)):
@@ -191,7 +191,7 @@ class GenerationRun:
                     logits = self._read(unread) if number else logits
                     tokens = self.sampler.choose(logits)
                 self._keep(tokens, number, making)
-                # A row's last token needs to be read only for the memory.
+                # a row's last token only has to be read if memory is updated
                 left = [not is_done for is_done in self.is_done]
                 unread, making = making if self.update_memory else left, left
                 is_last = number + 1 == self.config.max_new_tokens or all(self.is_done)
@@ -200,14 +200,14 @@ class GenerationRun:
                         self.stream.feed_hidden(self.last_tokens, torch.tensor(unread).unsqueeze(1))
                     self.stream.close(update_memory=self.update_memory)
                 if is_last and self.input_ids.device.type == "cuda":
-                    torch.cuda.synchronize()  # count the work that is still running
+                    torch.cuda.synchronize()  # include work that is still running in the time
             self.seconds += time.perf_counter() - begin
             yield
             if is_last:
                 return
 
     def collect(self) -> tuple[Tensor, GenerationStatistics]:
-        """What `generate` returns."""
+        """The result of `generate`."""
         return torch.cat((self.input_ids, self.new_ids[:, : max(self.num_new)]), dim=1), GenerationStatistics(
             num_tokens=sum(self.num_new),
             seconds=self.seconds,
@@ -238,22 +238,22 @@ class GenerationRun:
             hidden = self.stream.feed_hidden(piece, valid)
             ends = torch.zeros_like(hidden[:, 0]) if ends is None else ends
             for row, cache in enumerate(self.caches or ()):
-                count = max(0, min(int(last[row]) - begin, piece.shape[1]))  # the last token is added by _mix
+                count = max(0, min(int(last[row]) - begin, piece.shape[1]))  # `_mix` adds the last token
                 cache.add(hidden[row, :count], piece[row, :count])
             places = (last - begin).clamp(0, piece.shape[1] - 1)
             found = hidden[torch.arange(len(ids), device=ids.device), places]
             is_here = (last >= begin) & (last < begin + piece_length)
             ends = torch.where(is_here.unsqueeze(1), found, ends)
-        assert ends is not None  # a prompt has a token
+        assert ends is not None  # every prompt has a token
         return self._mix(ends, ids.gather(1, last.unsqueeze(1)), [True] * len(ids))
 
     def _read(self, rows: list[bool]) -> Tensor:
-        """Feed the last tokens of the rows that are True and return the logits of all rows, [B, Z]."""
-        mask = None if all(rows) else torch.tensor(rows).unsqueeze(1)  # on the host, where the stream plans
+        """Feed the last tokens of the rows that are True, and return the logits of all rows, [B, Z]."""
+        mask = None if all(rows) else torch.tensor(rows).unsqueeze(1)  # on the CPU, where the stream reads it
         return self._mix(self.stream.feed_hidden(self.last_tokens, mask)[:, 0], self.last_tokens, rows)
 
     def _make_token(self, number: int) -> Tensor:
-        """Read all rows' last tokens and choose the next ones, [B], on the device alone."""
+        """Read all rows' last tokens and choose the next ones, [B], without synchronising."""
 
         def read_and_choose() -> None:
             hidden = self.stream.read_token(self.tokens)
@@ -270,7 +270,7 @@ class GenerationRun:
         return self.tokens[:, 0]
 
     def _mix(self, hidden: Tensor, tokens: Tensor, rows: list[bool]) -> Tensor:
-        """Logits [B, Z] after tokens [B, 1] whose states are [B, D]; the rows that are True are read on by caches."""
+        """Logits [B, Z] after tokens [B, 1] with states [B, D]; caches add the tokens of the rows that are True."""
         logits = self.model.embed_out(hidden)
         for row, cache in enumerate(self.caches or ()):
             if rows[row]:
@@ -280,7 +280,7 @@ class GenerationRun:
         return logits
 
     def _keep(self, tokens: Tensor, number: int, rows: list[bool]) -> None:
-        """Record the tokens that the rows that are True made, and mark the rows that they end."""
+        """Record the new tokens of the rows that are True, and mark the rows that end with them."""
         if not all(rows):
             is_over = torch.tensor(rows).logical_not().to(tokens.device, non_blocking=True)
             tokens = tokens.masked_fill(is_over, self.config.pad_token_id)
@@ -289,7 +289,7 @@ class GenerationRun:
         if (number + 1) % self.look_every and number + 1 < self.config.max_new_tokens:
             return
         begin, self.num_looked = self.num_looked, number + 1
-        if tokens.device.type != "cpu":  # there `choose` has looked
+        if tokens.device.type != "cpu":  # on a CPU, `choose` has already checked
             self.sampler.check()
         if not self.tracks:
             self.num_new = [number + 1] * len(rows)

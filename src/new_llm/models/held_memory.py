@@ -1,4 +1,4 @@
-"""The stateful shell: the memory that a model holds between calls."""
+"""The stateful shell around the functional layers: the memory that a model holds between calls."""
 
 import itertools
 from collections.abc import Iterator
@@ -13,15 +13,15 @@ from new_llm.models.layers import Layer
 from new_llm.models.state import LayerMemory, state_from_dict, state_to_dict
 
 LayerMemories = list[LayerMemory | None]
-"""The memory of every layer of a model: None for a layer without memory, or where it is known to be empty."""
+"""The memory of each layer; None if the layer has no memory, or its memory is known to be empty."""
 KeptMemory = tuple[LayerMemories, int | None]
 """A held memory and its number of rows; see `keep_memory`."""
 
 
 class HeldMemory(nn.Module):
-    """The memory of a model, which all rows share or of which each has its own; see `reset_memory`.
+    """A model's memory, one shared by all rows or one per row; see `reset_memory`.
 
-    It is neither a parameter nor a buffer: it is not in the state dict, and moves to the model's device when used.
+    It is neither a parameter nor a buffer, so it is not in the state dict. It moves to the model's device when used.
     """
 
     layers: nn.ModuleList
@@ -39,28 +39,28 @@ class HeldMemory(nn.Module):
 
     @property
     def memory_layers(self) -> dict[int, Any]:
-        """The layers with memory by their index."""
+        """The layers with memory, by index."""
         return {index: layer for index, layer in enumerate(self.layer_list) if layer.has_memory}
 
     @property
     def memory_rows(self) -> int | None:
-        """Number of rows with a memory of their own; None: all rows share one."""
+        """Number of rows, each with its own memory; None: all rows share one."""
         return self._held_rows
 
     @property
     def rows_can_share(self) -> bool:
-        """Whether all rows of a batch can write one memory: not where a layer holds one text's last tokens."""
+        """Whether rows of a batch can share one memory; False if a layer's memory belongs to a single text."""
         return all(self._empty(index, 1).can_add for index in self.memory_layers)
 
     def reset_memory(self, batch_size: int | None = None) -> None:
-        """Empty the memory; `batch_size` rows then have one each, or without it all rows share one."""
+        """Empty the memory. With `batch_size`, each of that many rows gets its own; without it, all rows share one."""
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size: {batch_size} is not positive")
         self._held = [None] * len(self.layers)
         self._held_rows = batch_size
 
     def reset_rows(self, rows: Tensor) -> None:
-        """Empty rows of a per-row memory, [B] bool on the host, as where a row's next document begins."""
+        """Empty the rows of a per-row memory where `rows`, [B] bool on the CPU, is True, e.g. at a document's start."""
         if self._held_rows != rows.shape[0]:
             held = "one memory shared by all rows" if self._held_rows is None else f"{self._held_rows} rows"
             raise ValueError(
@@ -74,21 +74,22 @@ class HeldMemory(nn.Module):
         self._held = [memory and memory.emptied().select_rows(chosen, memory) for memory in here]
 
     def keep_memory(self) -> KeptMemory:
-        """The held memory, for `restore_memory`. Nothing is copied: a held memory is never changed in place."""
+        """The held memory, to be restored by `restore_memory`. No copy is needed: it is never changed in place."""
         return self._held, self._held_rows
 
     def restore_memory(self, kept: KeptMemory, if_true: Tensor | None = None) -> None:
-        """Hold again what `keep_memory` returned.
+        """Restore a memory that `keep_memory` returned.
 
-        `if_true` is one bool on the device, read without synchronising: restore only if it is True, as many rows as are
-        held now. None: always.
+        Args:
+            kept: the memory. With `if_true` it must have as many rows as the present one.
+            if_true: restore only if this scalar bool on the device is True, without synchronising; None: always.
         """
         before, rows = kept
         if if_true is None:
             self._held, self._held_rows = kept
             return
         if rows != self._held_rows:
-            raise ValueError(f"restore_memory: {rows} rows were held, now {self._held_rows}")
+            raise ValueError(f"restore_memory: {rows} rows were held then, {self._held_rows} now")
         self._held = [
             None if now is None else (now.emptied() if old is None else old).select_rows(if_true.expand(now.rows), now)
             for old, now in zip(before, self._held, strict=True)
@@ -96,7 +97,7 @@ class HeldMemory(nn.Module):
 
     @contextmanager
     def fresh_memory(self, batch_size: int | None = None) -> Iterator[None]:
-        """An empty memory inside the block; afterwards the model holds what it held before."""
+        """Use an empty memory inside the block, and restore the held memory afterwards."""
         before = self.keep_memory()
         try:
             self.reset_memory(batch_size)
@@ -105,7 +106,7 @@ class HeldMemory(nn.Module):
             self.restore_memory(before)
 
     def memory_info(self) -> dict[str, Any]:
-        """`total_bytes` and `per_layer` (layer, kind, bytes) of one memory that all rows share."""
+        """The size of one memory, that of one row: `total_bytes`, and `per_layer` with layer, kind and bytes."""
         per_layer = [
             {"layer": index, "kind": layer.kind, "bytes": layer.memory_bytes}
             for index, layer in self.memory_layers.items()
@@ -113,9 +114,10 @@ class HeldMemory(nn.Module):
         return {"total_bytes": sum(entry["bytes"] for entry in per_layer), "per_layer": per_layer}
 
     def get_memory_state(self) -> dict[int, dict[str, Any]]:
-        """The held memory as {layer index: plain CPU tensors, numbers and strings}.
+        """The held memory as {layer index: {key: CPU tensor, number or string}}.
 
-        `torch.save` of it loads with `weights_only=True`. Tensors of a per-row memory have a row dimension in front.
+        Saved with `torch.save`, it loads with `weights_only=True`. If each row has its own memory, tensors have a
+        leading row dimension.
         """
         rows, per_row = self._held_rows or 1, self._held_rows is not None
         return {
@@ -124,10 +126,11 @@ class HeldMemory(nn.Module):
         }
 
     def set_memory_state(self, state: dict[int, dict[str, Any]]) -> None:
-        """Hold a memory that `get_memory_state` returned, here or on another machine. On an error nothing changes.
+        """Replace the held memory by a state from `get_memory_state`, of this or another process.
 
         Raises:
-            ValueError: its layers, layer kinds, version, shapes or settings differ from this model's; names which.
+            ValueError: its layers, layer kinds, version, shapes or settings differ from this model's; the message says
+                which. The held memory is then unchanged.
         """
         if not isinstance(state, dict) or set(state) != set(self.memory_layers):
             found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
@@ -146,7 +149,7 @@ class HeldMemory(nn.Module):
     # For the model's own calls
 
     def _begin_call(self, batch_size: int, device: torch.device) -> tuple[LayerMemories, LayerMemories]:
-        """The held memory expanded to the batch's rows (views), and the held memory itself."""
+        """The held memory expanded to the batch's rows, as views, and the held memory itself."""
         if self._held_rows not in (None, batch_size):
             raise ValueError(
                 f"a batch of {batch_size} rows, but the model holds a memory for each of {self._held_rows}: "
@@ -158,17 +161,17 @@ class HeldMemory(nn.Module):
             tensors, dtype = memory.tensors(), self._find_like(index).dtype
             wide = torch.promote_types(dtype, torch.float32)
             if any(t.device != device or (t.is_floating_point() and t.dtype != wide) for t in tensors.values()):
-                plan = self.layer_list[index].plan_memory(dtype).tensors()  # a layer may want a dtype of its own
+                plan = self.layer_list[index].plan_memory(dtype).tensors()  # a layer may choose the dtypes
                 moved = {name: t.to(device, plan.get(name, t).dtype) for name, t in tensors.items()}
                 memory = replace(memory, **moved)
-            # Tensors made under inference_mode can't be saved for backward; a copy made outside can.
+            # tensors created under inference_mode can't be saved for backward, but a copy created outside it can
             if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in memory.tensors().values()):
                 memory = memory.clone()
             self._held[index] = memory
         return [memory and memory.expand(batch_size) for memory in self._held], list(self._held)
 
     def _hold(self, rows: LayerMemories, start: LayerMemories) -> None:
-        """Hold, detached, what `rows` wrote since `start`; a shared memory takes the sum over the rows."""
+        """Add what `rows` wrote since `start` to the held memory, detached; a shared memory takes the sum over rows."""
         held = list(self._held)
         for index, memory in enumerate(rows):
             if memory is None:

@@ -1,7 +1,7 @@
-"""A call's tokens and labels: their checks, the layout of the tokens, and which token each position predicts.
+"""Checks of token ids and labels, padding, and the alignment of labels.
 
-Real tokens move to the left and are then cut into segments. A masked token takes no position: a padded row is cut
-exactly like the same row without padding. How labels are aligned is decided here alone, by `align_labels`.
+A row's real tokens are moved to the left before it is cut into segments. Masked tokens take no position, so a padded
+row is cut exactly like the same row without padding. `align_labels` is the only place that shifts labels.
 """
 
 from dataclasses import dataclass
@@ -11,37 +11,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
-"""The label of positions that predict nothing, as in Hugging Face's models."""
+"""The label of positions that have no target, as in Hugging Face's models."""
 
 
 def check_input_ids(input_ids: Tensor, vocab_size: int) -> None:
-    """Raise ValueError unless ids are [B, T] integers, B, T ≥ 1, and on a CPU within 0 … vocab_size − 1.
+    """Raise ValueError unless ids are [B, T] integers with B, T ≥ 1, within 0 … vocab_size − 1.
 
-    On a GPU and in a compiled graph their range is not checked: that would synchronise, or break the graph.
+    The range is checked only on a CPU outside `torch.compile`; elsewhere the check would synchronise or break the
+    graph.
     """
     if input_ids.dim() != 2 or input_ids.numel() == 0 or not is_integer(input_ids):
         raise ValueError(
             f"input_ids: shape {tuple(input_ids.shape)}, dtype {input_ids.dtype}: "
-            "[batch, tokens] integers with at least one token are needed"
+            "must be [batch, tokens] integers with at least one token"
         )
     if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = map(int, input_ids.aminmax())
         if low < 0 or high >= vocab_size:
-            raise ValueError(f"input_ids: ids from {low} to {high}; the model knows 0 to {vocab_size - 1}")
+            raise ValueError(f"input_ids: ids from {low} to {high}; the model's vocabulary is 0 to {vocab_size - 1}")
 
 
 def check_targets(targets: Tensor, input_ids: Tensor, vocab_size: int) -> None:
-    """Raise ValueError unless targets are integers in the ids' shape, and on a CPU each an id or -100."""
+    """Raise ValueError unless targets are integers in the ids' shape and (checked on a CPU) each an id or -100."""
     if targets.shape != input_ids.shape or not is_integer(targets):
         raise ValueError(
-            f"labels: {targets.shape[0]} rows, dtype {targets.dtype}: integers for {input_ids.shape[0]} rows are needed"
+            f"labels: {targets.shape[0]} rows, dtype {targets.dtype}: must be integers for {input_ids.shape[0]} rows"
         )
     if targets.device.type == "cpu":
         wrong = (targets != IGNORE_INDEX) & ((targets < 0) | (targets >= vocab_size))
         if bool(wrong.any()):
             raise ValueError(
-                f"labels: {int(targets[wrong][0])} is neither {IGNORE_INDEX} nor an id; "
-                f"the model knows 0 to {vocab_size - 1}"
+                f"labels: {int(targets[wrong][0])} is neither {IGNORE_INDEX} nor a token id, 0 to {vocab_size - 1}"
             )
 
 
@@ -52,18 +52,18 @@ def is_integer(x: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Packing:
-    """The positions of a batch's real tokens.
+    """How a batch's real tokens are moved to the left.
 
     Attributes:
-        order: the column that each position of the packed row comes from, [B, T]; None: nothing moves.
-        lengths: real tokens of each row, [B].
+        order: the source column of each position in the packed row, [B, T]; None: nothing moves.
+        lengths: number of real tokens in each row, [B].
     """
 
     order: Tensor | None
     lengths: Tensor
 
     def pack(self, x: Tensor) -> Tensor:
-        """Move the real tokens of [B, T] or [B, T, D] to the left, in their order."""
+        """Move the real tokens of [B, T] or [B, T, D] to the left, keeping their order."""
         return x if self.order is None else _gather(x, self.order)
 
     def unpack(self, x: Tensor) -> Tensor:
@@ -72,9 +72,9 @@ class Packing:
 
 
 def plan_packing(attention_mask: Tensor | None, input_ids: Tensor) -> Packing | None:
-    """The packing for an attention mask; None where every token is real. Raises ValueError as `check_mask`.
+    """The packing for an attention mask; None if every token is real. Raises ValueError like `check_mask`.
 
-    What the mask holds is asked where it lies: one on the host is no reason to wait for the tokens' device.
+    The mask is read on its own device, so a CPU mask with GPU tokens does not synchronise.
     """
     check_mask(attention_mask, input_ids)
     if attention_mask is None:
@@ -93,16 +93,16 @@ def plan_packing(attention_mask: Tensor | None, input_ids: Tensor) -> Packing | 
 
 
 def check_mask(attention_mask: Tensor | None, input_ids: Tensor) -> None:
-    """Raise ValueError if the mask's shape differs from the tokens', or floating-point values mark something else."""
+    """Raise ValueError if the mask's shape differs from the tokens', or it is a float mask not of zeros and ones."""
     if attention_mask is None:
         return
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}: "
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but input_ids {tuple(input_ids.shape)}; "
             "they must be equal"
         )
     if attention_mask.is_floating_point() and not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
-        raise ValueError("attention_mask: real tokens are marked by 1, others by 0; it is not added to scores")
+        raise ValueError("attention_mask: must be 1 at real tokens and 0 at padding; it is not added to scores")
 
 
 def mark_valid(lengths: Tensor, num_tokens: int) -> Tensor:
@@ -116,7 +116,7 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index)
 
 
-# Labels and their losses
+# Labels and losses
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,9 @@ class LossStatistics:
     """The statistics of a loss.
 
     Attributes:
-        num_tokens: predicted tokens.
-        total_nll: their summed negative log-likelihood, nats.
-        passes: passes through the layers.
+        num_tokens: number of predicted tokens.
+        total_nll: their summed negative log-likelihood, in nats.
+        passes: number of passes through the layers.
     """
 
     num_tokens: int
@@ -135,7 +135,7 @@ class LossStatistics:
 
     @property
     def perplexity(self) -> float:
-        """exp(total NLL / tokens); NaN where nothing was predicted."""
+        """exp(total NLL / tokens); NaN if no token was predicted."""
         return float(torch.tensor(self.total_nll / self.num_tokens).exp()) if self.num_tokens else float("nan")
 
 
@@ -143,18 +143,18 @@ def align_labels(labels: Tensor, num_positions: int) -> Tensor:
     """The target of position t is the token at t + 1.
 
     Args:
-        labels: the tokens themselves, not shifted (Hugging Face's convention), [B, T] or [B, T + 1]; the extra column
-            holds the token after the last position, which otherwise has no target. -100 is ignored.
-        num_positions: T, the positions of the input.
+        labels: the tokens themselves, not shifted (Hugging Face's convention), [B, T] or [B, T + 1]. The extra column
+            is the target of the last position, which otherwise has none. -100 is ignored.
+        num_positions: T, the length of the input.
 
     Returns:
-        Targets [B, T], -100 where a position has none.
+        Targets [B, T], -100 at positions without one.
 
     Raises:
         ValueError: labels are not [B, T] or [B, T + 1].
     """
     if labels.dim() != 2:
-        raise ValueError(f"labels have shape {tuple(labels.shape)}: [batch, tokens] is needed")
+        raise ValueError(f"labels have shape {tuple(labels.shape)}: must be [batch, tokens]")
     if labels.shape[1] == num_positions + 1:
         return labels[:, 1:]
     if labels.shape[1] == num_positions:
@@ -166,14 +166,11 @@ def align_labels(labels: Tensor, num_positions: int) -> Tensor:
 
 
 def compute_token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """−log softmax(logits)[target], in float32 or wider; 0 where the target is -100.
+    """−log softmax(logits)[target] in nats, [N], float32 or wider; 0 where the target is -100.
 
     Args:
         logits: [N, Z].
         targets: aligned by `align_labels`, [N].
-
-    Returns:
-        Nats, [N].
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(wide, targets, ignore_index=IGNORE_INDEX, reduction="none")

@@ -1,14 +1,14 @@
-"""A memory as a safetensors file: tensors, facts about who filled it, a digest. Nothing of it is executed.
+"""A memory as a safetensors file: tensors, a record of what filled it, and a digest. Nothing in it is executed.
 
-Every layer's memory is written as `get_memory_state` gives it, whatever the layer: its tensors as
-`layers.<index>.<key>`, its plain values in the record. The record is the file's string metadata:
+Each layer's memory is written as in `get_memory_state`: tensors as `layers.<index>.<key>`, plain values in the record.
+The record is the file's string metadata:
 
 ```
 format               new-llm-memory
 format_version       2
 weights_fingerprint  sha256 of the weights that filled the memory
 segment_length       64
-rows                 shared, or the number of rows that have a memory each
+rows                 "shared", or the number of rows, each with its own memory
 program_version      0.1.0
 created              2026-01-31T12:00:00+00:00
 layers               [{"layer": 0, "kind": "infini", "version": 3, "additive": false, "settings": {...}}]
@@ -47,15 +47,15 @@ FORMAT = "new-llm-memory"
 FORMAT_VERSION = 2
 MAX_DIMENSIONS = 8
 SHARED = "shared"
-"""What `rows` says where all rows share one memory."""
+"""The value of `rows` if all rows share one memory."""
 LAYER_FIELDS = {"layer_kind": "kind", "version": "version", "additive": "additive"}
-"""The fields of a `LayerRecord` by the keys that every layer's state has."""
+"""The fields of a `LayerRecord`, by their keys in a layer's state."""
 
 Size = Annotated[int, Field(gt=0, lt=MAX_COUNT)]
 Count = Annotated[int, Field(ge=0, lt=MAX_COUNT)]
 ShortText = Annotated[str, Field(max_length=100)]
 State = dict[int, dict[str, Any]]
-"""What `get_memory_state` returns."""
+"""The result of `get_memory_state`."""
 
 
 @section
@@ -71,11 +71,11 @@ class LayerRecord:
     additive: bool
     """Whether memories of different texts can be added."""
     settings: dict[ShortText, bool | int | float | ShortText | None]
-    """The layer's own, which a model that takes the memory must have, too."""
+    """Settings that must be the same in a model that loads the memory."""
 
     def __post_init__(self) -> None:
         if self.version != STATE_VERSION:
-            raise UserError(f"layer {self.layer}: state version {self.version}, this program reads {STATE_VERSION}")
+            raise UserError(f"layer {self.layer}: state version {self.version}; this program reads {STATE_VERSION}")
 
 
 @section
@@ -83,22 +83,22 @@ class MemoryRecord:
     """A memory file's metadata."""
 
     program_version: ShortText
-    """The program that wrote the file."""
+    """Version of the program that wrote the file."""
     created: ShortText
-    """When, UTC, ISO 8601."""
+    """Time of writing, UTC, ISO 8601."""
     weights_fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    """Sha256 of the weights that filled the memory."""
+    """SHA-256 of the weights that filled the memory."""
     segment_length: Size
-    """Tokens in a segment of the model that filled it."""
+    """Number of tokens in a segment of the model that filled it."""
     rows: Size | None
-    """Rows that have a memory each; None: all share one."""
+    """Number of rows, each with its own memory; None: all share one."""
     layers: Annotated[tuple[LayerRecord, ...], Field(min_length=1)]
-    """The memory layers, by their index."""
+    """The memory layers, in order of their index."""
 
     def __post_init__(self) -> None:
         indices = [layer.layer for layer in self.layers]
         if indices != sorted(set(indices)):
-            raise UserError(f"layers {indices} are not in order, each once")
+            raise UserError(f"layers {indices} are not in ascending order without duplicates")
 
 
 # Files
@@ -106,26 +106,22 @@ class MemoryRecord:
 
 @dataclass(frozen=True)
 class MemoryFile:
-    """What a memory file holds: its record, and its memory as `get_memory_state` gives it."""
+    """The content of a memory file: its record, and its memory in the form of `get_memory_state`."""
 
     record: MemoryRecord
     state: State
 
     @property
     def tokens_seen(self) -> int | None:
-        """Tokens in the memory, all rows and merged files together; None: no layer counts them."""
+        """Number of tokens in the memory, over all rows and merged files; None: no layer counts them."""
         counts = (entry.get("token_counts") for entry in self.state.values())
         return max((sum(count.flatten().tolist()) for count in counts if isinstance(count, Tensor)), default=None)
 
 
 def save_memory_file(model: HeldMemory, path: str | Path) -> None:
-    """Write the memory that a model holds; an interrupted write leaves the old file.
-
-    Raises:
-        UserError: the model has no memory layer.
-    """
+    """Write the memory that a model holds, atomically. Raises UserError if the model has no memory layer."""
     if not model.memory_layers:
-        raise UserError("this model has no memory layer: there is no memory to save")
+        raise UserError("this model has no memory layer, so there is no memory to save")
     write_memory_file(Path(path), model.get_memory_state(), fingerprint_weights(model), model.segment_length)
 
 
@@ -133,11 +129,12 @@ def load_memory_file(model: HeldMemory, path: str | Path, *, force: bool = False
     """Load a memory file into a model. After an error the model's memory is unchanged.
 
     Args:
-        model: has the layers and the weights that filled the memory.
+        model: must have the layers and weights that filled the memory.
         force: accept a memory that other weights have filled, if its shapes fit.
 
     Raises:
-        UserError: the file is broken or no memory file, or other layers or (unless forced) weights filled it.
+        UserError: the file is broken or not a memory file, or other layers or (without `force`) other weights filled
+            it.
     """
     content, before = read_memory_file(Path(path)), model.keep_memory()
     try:
@@ -149,12 +146,12 @@ def load_memory_file(model: HeldMemory, path: str | Path, *, force: bool = False
         model.restore_memory(before)
         raise UserError(
             f"{path}: filled by other weights (fingerprint {filled_by[:12]}…) than this model's ({own[:12]}…); --force "
-            "(force=True) takes it all the same"
+            "(force=True) loads it anyway"
         )
 
 
 def write_memory_file(path: Path, state: State, weights_fingerprint: str, segment_length: int) -> MemoryFile:
-    """Write a state of `get_memory_state` atomically; returns what the file holds. A refusing system is an OSError."""
+    """Write a state from `get_memory_state` atomically; returns the file's content. Raises OSError if that fails."""
     layers: list[LayerRecord] = []
     tensors: dict[str, Tensor] = {}
     rows: int | None = None
@@ -179,21 +176,17 @@ def write_memory_file(path: Path, state: State, weights_fingerprint: str, segmen
 
 
 def read_memory_file(path: Path) -> MemoryFile:
-    """Read and validate a memory file; needs no model.
-
-    Raises:
-        UserError: no readable memory file of this version, or broken: one line says what.
-    """
+    """Read and validate a memory file, without a model. Raises UserError if it is broken or of another version."""
     header, num_bytes = read_header(path), path.stat().st_size
     is_shared = header.metadata.get("rows") == SHARED
     metadata = header.metadata | ({"rows": "null"} if is_shared else {})
     record = parse_record(metadata, MemoryRecord, FORMAT, FORMAT_VERSION, str(path))
     for name, shape in header.shapes.items():
-        # Beside a size of 0 the others may be anything, and would cost time though they hold no bytes.
+        # If one size is 0, the file can claim anything for the others; huge sizes would cost time but take no bytes.
         is_possible = len(shape) <= MAX_DIMENSIONS and max(shape, default=0) <= num_bytes
         if header.dtypes[name] not in DTYPE_NAMES.values() or not is_possible:
             found = f"has shape {list(shape)} of {header.dtypes[name]}"
-            raise UserError(shorten(f"{path}: {name} {found}, which no memory has"))
+            raise UserError(shorten(f"{path}: {name} {found}, which is impossible in a memory"))
     try:
         return MemoryFile(record, _fill_state(record, read_safetensors(path)))
     except UserError:
@@ -207,10 +200,10 @@ def merge_memory_files(paths: Sequence[Path], out: Path, *, force: bool = False)
 
     Args:
         out: the file to write; may be one of `paths`.
-        force: add memories that different weights or segment lengths have filled, if their shapes fit.
+        force: allow memories filled with different weights or segment lengths, if their shapes fit.
 
     Raises:
-        UserError: a file is broken, memories that do not add, or of different models.
+        UserError: a file is broken, memories can't be added, or (without `force`) different models filled them.
     """
     if len(paths) < 2:
         raise UserError("merge: at least two memory files are needed")
@@ -225,12 +218,12 @@ def merge_memory_files(paths: Sequence[Path], out: Path, *, force: bool = False)
     for path, content in zip(paths, contents, strict=True):
         odd = [what for name, what in facts.items() if getattr(content.record, name) != getattr(first, name)]
         if odd and not force:
-            raise UserError(f"{path}: filled by {odd[0]} than {paths[0]}; --force (force=True) adds them all the same")
+            raise UserError(f"{path}: filled by {odd[0]} than {paths[0]}; --force (force=True) adds them anyway")
     return write_memory_file(out, state, first.weights_fingerprint, first.segment_length)
 
 
 def _fill_state(record: MemoryRecord, tensors: dict[str, Tensor]) -> State:
-    """The state of a record and its tensors, each with the record's rows; otherwise a ValueError."""
+    """The memory state from a record and the file's tensors; raises ValueError if they do not fit together."""
     state: State = {
         layer.layer: layer.settings
         | {key: getattr(layer, field) for key, field in LAYER_FIELDS.items()}
@@ -247,7 +240,7 @@ def _fill_state(record: MemoryRecord, tensors: dict[str, Tensor]) -> State:
         by_prefix[prefix][key] = tensor
     for index, entry in state.items():
         if not any(isinstance(value, Tensor) for value in entry.values()):
-            raise ValueError(f"no tensors of layers.{index}")
+            raise ValueError(f"no tensors for layers.{index}")
         check_values(entry, f"layer {index}")
     return state
 
@@ -256,7 +249,7 @@ def _fill_state(record: MemoryRecord, tensors: dict[str, Tensor]) -> State:
 
 
 def list_tensors(content: MemoryFile) -> dict[str, Tensor]:
-    """The tensors of every layer and row, by their place; each of several memories (`num_memories`) by itself."""
+    """The tensors of every layer and row, by a description of their place; tensors of several memories are split."""
     listed: dict[str, Tensor] = {}
     for index, entry in content.state.items():
         for row in [None] if content.record.rows is None else range(content.record.rows):
@@ -273,18 +266,18 @@ def list_tensors(content: MemoryFile) -> dict[str, Tensor]:
 
 
 def compare_memories(a: MemoryFile, b: MemoryFile) -> dict[str, tuple[float, float, float, float]]:
-    """‖A‖, ‖B‖, ‖A − B‖ / ‖A‖ (0 where both are zero) and the cosine ⟨A, B⟩ / (‖A‖ ‖B‖) of two files' tensors.
+    """‖A‖, ‖B‖, ‖A − B‖ / ‖A‖ (0 if both are zero) and the cosine ⟨A, B⟩ / (‖A‖ ‖B‖) of two files' tensors.
 
-    They are computed in float64, and stand by the tensors' places; see `list_tensors`.
+    Computed in float64; the keys are those of `list_tensors`.
 
     Raises:
-        ValueError: they hold memories of other layers, rows or shapes.
+        ValueError: the layers, rows or shapes of the two memories differ.
     """
     one, other = list_tensors(a), list_tensors(b)
     for place in one | other:
         shapes = [list(listed[place].shape) if place in listed else "nothing" for listed in (one, other)]
         if shapes[0] != shapes[1]:
-            raise ValueError(f"other layers, rows or shapes: {place}: {shapes[0]} against {shapes[1]}")
+            raise ValueError(f"layers, rows or shapes differ: {place}: {shapes[0]} and {shapes[1]}")
     figures: dict[str, tuple[float, float, float, float]] = {}
     for place, tensor in one.items():
         x, y = tensor.double(), other[place].double()

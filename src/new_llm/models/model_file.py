@@ -1,7 +1,7 @@
 """A model as a folder: `model.safetensors` (weights) and `model.json` (structure). No code is ever stored or run.
 
-The weights carry their digest. The structure has none: each of its settings is validated as a configuration's is, and
-each shape that follows from them is compared with the weights' before memory is taken for any.
+The weights file contains a digest. The structure has none; instead, its settings are validated like a configuration's,
+and the shapes that follow from them are compared with those of the weights before any memory is allocated.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from new_llm.models.transformer import SelectiveOptions, SelectiveOutputLM, Tran
 WEIGHTS_FILE = "model.safetensors"
 STRUCTURE_FILE = "model.json"
 WEIGHT_DTYPES = ("F16", "BF16", "F32", "F64")
-"""What weights may be stored in."""
+"""The dtypes in which weights may be stored."""
 FORMAT_VERSION = 1
 
 Epsilon = Annotated[float, Field(gt=0, lt=1)]
@@ -41,7 +41,7 @@ Epsilon = Annotated[float, Field(gt=0, lt=1)]
 
 @section
 class LayerShape:
-    """The settings that layers of several kinds have; those of a kind's own are its options."""
+    """The settings that layers of several kinds share, for validation; a kind's own settings are its options."""
 
     hidden_size: Size = 1
     num_heads: Size = 1
@@ -53,7 +53,7 @@ class LayerShape:
 
 @section
 class ModelStructure:
-    """What `model.json` holds."""
+    """The content of `model.json`."""
 
     format_version: Literal[1]
     vocab_size: Size
@@ -66,7 +66,7 @@ class ModelStructure:
 
 
 def describe_model(model: TransformerLM) -> dict[str, Any]:
-    """The plain values that `build_model` makes the model from. A layer that is not registered is a ValueError."""
+    """A model's structure as plain values, for `build_model`. Raises ValueError if a layer is not registered."""
     for index, layer in enumerate(model.layer_list):
         if LAYER_KINDS.get(layer.kind) is not type(layer):
             raise ValueError(
@@ -85,16 +85,17 @@ def describe_model(model: TransformerLM) -> dict[str, Any]:
 
 
 def build_model(structure: Any, where: str, header: TensorHeader | None = None) -> TransformerLM:
-    """A model with fresh weights of the described structure.
+    """Build a model with new weights from its structure.
 
     Args:
-        structure: of `describe_model`, perhaps from a file; nothing in it is trusted.
-        header: of the weights that the model is to take, with whose shapes the structure's are compared before any
-            memory is taken; None: the model's weights are drawn.
+        structure: from `describe_model`, perhaps read from a file; nothing in it is trusted.
+        header: header of the weights that will be loaded; their shapes are checked before any memory is allocated.
+            None: no check.
+        where: prefix of error messages.
 
     Raises:
-        UserError: another format version, an unknown layer kind, a setting of another type or out of range, or a
-            structure that these weights do not have.
+        UserError: the format version or a layer kind is unknown, a setting has the wrong type or is out of range, or
+            the structure does not fit the weights.
     """
     try:
         plan = _validate(ModelStructure, structure)
@@ -117,7 +118,7 @@ def build_model(structure: Any, where: str, header: TensorHeader | None = None) 
 
 
 def _validate(kind: type, values: dict[str, Any]) -> Any:
-    """Values of JSON as a dataclass, of exactly the types that it asks for; NaN and infinity are refused."""
+    """Convert JSON values to a dataclass; types must match exactly, and NaN and infinity are rejected."""
     return TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
 
 
@@ -127,8 +128,8 @@ def _build_layer(entry: dict[str, Any]) -> Layer:
     _validate(LayerShape, _pick_fields(LayerShape, settings))
     if kind not in LAYER_KINDS:
         raise ValueError(
-            f"unknown layer kind {kind!r}; known are {', '.join(LAYER_KINDS)}; a layer of your own is known once its "
-            "module is imported, as by --model my_module:MyLayer"
+            f"unknown layer kind {kind!r}; known are {', '.join(LAYER_KINDS)}; a layer of your own becomes known when "
+            "its module is imported, for example by --model my_module:MyLayer"
         )
     layer_type = LAYER_KINDS[kind]
     _validate(layer_type.options_type, _pick_fields(layer_type.options_type, settings))
@@ -140,17 +141,17 @@ def _pick_fields(kind: type, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_layers(plan: ModelStructure, planned: list[Layer], header: TensorHeader) -> None:
-    """Compare the shapes that follow from a structure with those of the weights, layer by layer."""
+    """Compare the shapes that follow from a structure with those of the weights, layer by layer; raise ValueError."""
     if odd := [name for name, dtype in header.dtypes.items() if dtype not in WEIGHT_DTYPES]:
         allowed = ", ".join(WEIGHT_DTYPES)
         raise ValueError(f"{WEIGHTS_FILE}: {odd[0]} has dtype {header.dtypes[odd[0]]}; weights are floats ({allowed})")
     embedding = header.shapes.get("embed_in.weight", ())
     if len(embedding) != 2 or embedding[0] != plan.vocab_size:
-        raise ValueError(f"vocab_size is {plan.vocab_size}, embed_in.weight of {WEIGHTS_FILE} is {list(embedding)}")
+        raise ValueError(f"vocab_size is {plan.vocab_size}, but embed_in.weight in {WEIGHTS_FILE} is {list(embedding)}")
     for index, layer in enumerate(planned):
         if layer.hidden_size != embedding[1]:
             raise ValueError(
-                f"layer {index} is {layer.hidden_size} wide, the embedding of {WEIGHTS_FILE} {embedding[1]}"
+                f"layer {index} is {layer.hidden_size} wide, but the embedding in {WEIGHTS_FILE} is {embedding[1]} wide"
             )
         prefix = f"layers.{index}."
         found = {name: shape for name, shape in header.shapes.items() if name.startswith(prefix)}
@@ -159,10 +160,10 @@ def _check_layers(plan: ModelStructure, planned: list[Layer], header: TensorHead
 
 
 def save_model(model: TransformerLM, folder: str | Path) -> None:
-    """Write a model's weights and structure; each file is written completely or not at all.
+    """Write a model's weights and structure; each file is written atomically.
 
     Raises:
-        UserError: head or embedding are wrapped, or weights are quantized, which a model file can't hold.
+        UserError: the head or embedding is wrapped, or weights are quantized, which a model file can't hold.
     """
     weights = model.state_dict()
     for name in ("embed_in", "embed_out"):
@@ -170,7 +171,7 @@ def save_model(model: TransformerLM, folder: str | Path) -> None:
         if (parameters := [key for key, _ in module.named_parameters()]) != ["weight"]:
             raise UserError(
                 f"{name} is a {type(module).__module__}.{type(module).__name__} of {', '.join(parameters) or 'nothing'}"
-                "; a model file holds its weight alone: merge or remove what wraps it, then save the model"
+                "; a model file can only hold a plain weight: merge or remove the wrapper, then save the model"
             )
     if odd := [name for name, value in weights.items() if not isinstance(value, Tensor)]:
         raise UserError(f"{odd[0]} is not a tensor: quantized weights can't be saved")
@@ -178,25 +179,25 @@ def save_model(model: TransformerLM, folder: str | Path) -> None:
 
 
 def write_model_files(structure: dict[str, Any], weights: dict[str, Tensor], folder: Path) -> None:
-    """Write `save_model`'s files; arguments as `describe_model` and `state_dict` give them."""
+    """Write the files of `save_model`, from the results of `describe_model` and `state_dict`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / WEIGHTS_FILE, weights, {"format": "pt"})
     write_text_atomically(folder / STRUCTURE_FILE, json.dumps(structure, indent=2))
 
 
 def find_model_fault(folder: Path, structure: dict[str, Any], fingerprint: str) -> str | None:
-    """What is wrong with a folder that should hold a structure and the weights of a fingerprint; None: nothing."""
+    """Why a folder does not hold a model with this structure and weights fingerprint; None: it does."""
     try:
         if read_structure(folder) != json.loads(json.dumps(structure)):
-            return f"{folder / STRUCTURE_FILE}: another structure"
+            return f"{folder / STRUCTURE_FILE}: the structure is different"
         found = fingerprint_tensors(read_safetensors(folder / WEIGHTS_FILE))
     except UserError as error:
         return str(error)
-    return None if found == fingerprint else f"{folder / WEIGHTS_FILE}: other weights"
+    return None if found == fingerprint else f"{folder / WEIGHTS_FILE}: the weights are different"
 
 
 def read_structure(folder: Path) -> Any:
-    """What `model.json` in a folder holds, which `build_model` validates; a UserError where a file is missing."""
+    """The content of `model.json` in a folder, not yet validated. Raises UserError if it or the weights are missing."""
     for name in (STRUCTURE_FILE, WEIGHTS_FILE):
         if not (folder / name).exists():
             raise UserError(f"{folder}: no saved model here ({name} is missing)")
@@ -204,10 +205,10 @@ def read_structure(folder: Path) -> Any:
 
 
 def load_model(folder: str | Path) -> TransformerLM:
-    """Make a model from `save_model`'s folder, on the CPU, in the dtype it was saved in.
+    """Load a model that `save_model` wrote, on the CPU, in the dtype it was saved in.
 
     Raises:
-        UserError: a file is missing or broken, or the weights are not the structure's, or not finite.
+        UserError: a file is missing or broken, or the weights do not fit the structure or are not finite.
     """
     folder = Path(folder)
     weights = folder / WEIGHTS_FILE

@@ -1,6 +1,6 @@
-"""The memory of one layer as an immutable value, and its form as a dictionary of plain tensors.
+"""The memory of one layer as an immutable value, and its conversion to and from a dictionary of plain tensors.
 
-Legend: R rows (1 where all rows of a batch share one memory), N memories or banks, H heads, K key width, V value width.
+Legend: R rows (1 if all rows of a batch share one memory), N memories or banks, H heads, K key width, V value width.
 """
 
 from collections.abc import Callable
@@ -13,26 +13,26 @@ from torch import Tensor
 STATE_VERSION = 3
 """Version of the layer dictionaries of `get_memory_state`."""
 MAX_COUNT = 2**53
-"""More than any count in a memory."""
+"""Upper bound on counts in a memory; larger ones are rejected as corrupt."""
 INDEX_KEYS = ("current_bank", "current_memory_idx")
-"""Keys of the index of the memory that is written next."""
+"""The possible keys for the index of the memory to be written next."""
 WHY_NOT_ADDITIVE = (
-    "memories of different texts can't be added: what it writes depends on what it holds, as with the delta rule, or "
-    "fades, as with decay; use_delta_rule=False without use_alibi and use_token_decay makes memories that add"
+    "memories of different texts can't be added, because writes depend on what is stored (delta rule) or memory "
+    "decays; memories can be added with use_delta_rule=False and without use_alibi and use_token_decay"
 )
-"""Why a layer's memories can't be merged, for errors."""
+"""Error text: why a layer's memories can't be merged."""
 
 
 @dataclass(frozen=True)
 class LayerMemory:
     """What a layer carries from segment to segment: a frozen dataclass whose fields are tensors [R, ...] or None.
 
-    Integers are counts, and complex numbers stand as pairs. Tensors are never changed in place, so a memory can be
-    kept and shared. An empty memory is all zeros.
+    Integer tensors must be counts; complex numbers must be stored as pairs of real ones. An empty memory is all zeros.
+    Tensors are never changed in place, so a memory can be kept and shared.
     """
 
     can_add: ClassVar[bool] = True
-    """Whether what several rows wrote can be added up in one memory that they share."""
+    """Whether rows can share one memory, to which what each row wrote is added."""
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields that hold a tensor."""
@@ -46,11 +46,11 @@ class LayerMemory:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its floating-point tensors."""
+        """Total bytes of the floating-point tensors."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values() if t.is_floating_point())
 
     def to(self, device: torch.device) -> Self:
-        """A copy on another device."""
+        """The memory on another device."""
         return map_tensors(self, lambda t: t.to(device))
 
     def clone(self) -> Self:
@@ -62,7 +62,7 @@ class LayerMemory:
         return map_tensors(self, Tensor.detach)
 
     def expand(self, rows: int) -> Self:
-        """A shared memory expanded to one view per row."""
+        """Expand a shared memory to `rows` rows, as views."""
         return self if self.rows == rows else map_tensors(self, lambda t: t.expand(rows, *t.shape[1:]))
 
     def select_rows(self, chosen: Tensor, other: Self) -> Self:
@@ -75,20 +75,18 @@ class LayerMemory:
         return map_tensors(self, torch.zeros_like)
 
     def finish_call(self) -> Self:
-        """The memory to hold after a call, without fields that only the call itself needs."""
+        """The memory to hold after a call, without fields that are only needed during the call."""
         return self
 
     def add_changes(self, start: Self, rows: Self) -> Self:
-        """The held memory plus the changes that `rows` made since `start`.
-
-        A shared memory (R = 1) takes the sum over the rows, so that what each row wrote is added once.
+        """This memory plus the changes from `start` to `rows`; a shared memory (R = 1) takes the sum over the rows.
 
         Raises:
             ValueError: memories of this kind can't be added.
         """
         if not self.can_add:
             raise ValueError(
-                "a memory that holds one text's last tokens can't take what several rows or streams wrote: "
+                "this kind of memory belongs to a single text and can't be shared by several rows or streams: "
                 "call reset_memory(batch_size) first, so that each row has its own"
             )
         mine, before, after = self.tensors(), start.tensors(), rows.tensors()
@@ -104,11 +102,11 @@ class MemoryState(LayerMemory):
 
     Attributes:
         memories: M, [R, N, H, K, V], float32 or wider.
-        norms: z, [R, N, H, K], likewise; zero means an empty memory.
-        num_tokens: tokens that each memory has seen, [R, N], int64.
-        num_segments: segments that this layer has read, [R], int64; decides which memory is written next.
-        segments_seen: segments written, summed over rows and merged memories, [R], int64.
-        retained: share of the memory before the call that is left after decay, [R, N, H]; None: all of it.
+        norms: z, [R, N, H, K], float32 or wider; zero for an empty memory.
+        num_tokens: number of tokens that each memory has seen, [R, N], int64.
+        num_segments: number of segments that this layer has read, [R], int64; decides which memory is written next.
+        segments_seen: number of segments written, summed over rows and merged memories, [R], int64.
+        retained: share of the memory from before the call that is left after decay, [R, N, H]; None: all of it.
     """
 
     memories: Tensor
@@ -128,15 +126,15 @@ class MemoryState(LayerMemory):
         return replace(self, retained=None)
 
     def age(self, num_segments: Tensor, left: Tensor) -> Self:
-        """This memory after as many segments [R] of which nothing is written, with a share [R, N, H] left of it."""
+        """This memory after `num_segments` [R] segments that wrote nothing; decay leaves the share `left` [R, N, H]."""
         memories, norms = left[..., None, None] * self.memories, left[..., None] * self.norms
         return replace(self, memories=memories, norms=norms, num_segments=num_segments, retained=None)
 
     def add_changes(self, start: Any, rows: Any) -> Self:
-        """As `LayerMemory.add_changes`; what was held ages as in the row that has read most.
+        """See `LayerMemory.add_changes`; this memory decays as much as in the row that decays it most.
 
-        `num_segments` counts time, not rows: rows of one call advance together, so that memories written in turn stay
-        in turn.
+        `num_segments` advances by the most that any row has read, not by the sum over rows. Rows of a call therefore
+        advance together and memories keep being written in turn.
         """
         left, newly_read = rows.share_left, rows.num_segments - start.num_segments
         before = start.age(rows.num_segments, left)
@@ -147,7 +145,7 @@ class MemoryState(LayerMemory):
 
 
 def choose_rows(chosen: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    """`yes` where the row is chosen [R], else `no`; both [R, ...]."""
+    """`yes` for rows where `chosen` [R] is True, else `no`; both [R, ...]."""
     return torch.where(chosen.view(-1, *[1] * (yes.dim() - 1)), yes, no)
 
 
@@ -156,7 +154,7 @@ def find_written_memory(num_segments: Tensor, segments_per_memory: int, num_memo
     return (num_segments // segments_per_memory) % num_memories
 
 
-# States of any nesting
+# Nested states
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -182,7 +180,7 @@ def list_tensors(value: Any) -> list[Tensor]:
 
 
 def keep_places(old: Any, new: Any) -> Any:
-    """The new state with its numbers in the old one's tensors where shape and dtype agree, for CUDA graphs to find."""
+    """The new state, with values copied into the old state's tensors where shape and dtype agree, for CUDA graphs."""
     copies: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
 
     def keep(old: Any, new: Any) -> Any:
@@ -212,15 +210,15 @@ def keep_places(old: Any, new: Any) -> Any:
 
 @dataclass(frozen=True)
 class MemoryFacts:
-    """What a layer's memory dictionary holds beside its tensors.
+    """What the dictionary of a layer's memory holds besides tensors.
 
     Attributes:
         layer_kind: the layer's kind.
-        settings: plain values that must be equal for memories to be exchanged.
+        settings: plain values that must match for a layer to take the memory.
         additive: whether memories of different texts can be added (no delta rule, no decay).
-        keys: the dictionary key of each field whose key is not its name.
-        index_key: key under which the index of the next written memory is stored, for memories written in turn, whose
-            settings have `num_memories` and `segments_per_memory`; None: not stored.
+        keys: dictionary keys of fields whose key differs from their name.
+        index_key: key for the index of the memory to be written next, for memories written in turn, whose settings
+            have `num_memories` and `segments_per_memory`; None: not stored.
     """
 
     layer_kind: str
@@ -235,9 +233,9 @@ class MemoryFacts:
 
 
 def state_to_dict(state: LayerMemory, facts: MemoryFacts, *, per_row: bool) -> dict[str, Any]:
-    """Plain CPU tensors, numbers and strings; tensors of a shared memory have no row dimension.
+    """A memory as a dictionary of CPU tensors, numbers and strings; without `per_row`, tensors have no row dimension.
 
-    On the meta device it is the dictionary's form alone.
+    For a memory on the meta device, the tensors stay there and the result shows only the dictionary's form.
     """
 
     def plain(t: Tensor) -> Tensor:
@@ -266,9 +264,9 @@ def state_from_dict(entry: Any, facts: MemoryFacts, empty: LayerMemory, where: s
 
     Args:
         entry: the dictionary.
-        facts: the layer's.
-        empty: the layer's empty memory of one row.
-        where: for errors.
+        facts: the layer's facts.
+        empty: the layer's empty memory with one row.
+        where: prefix of error messages.
 
     Raises:
         ValueError: the version, layer kind, keys, shapes or settings differ, or a number is out of range.
@@ -287,11 +285,7 @@ def state_from_dict(entry: Any, facts: MemoryFacts, empty: LayerMemory, where: s
 
 
 def check_values(entry: dict[str, Any], where: str) -> None:
-    """Check that the numbers of a layer's dictionary are finite, and its integers counts.
-
-    Raises:
-        ValueError: names the first tensor that holds others.
-    """
+    """Raise ValueError at the first tensor in a layer's dictionary that is not finite, or not a valid count."""
     for key, value in entry.items():
         if not isinstance(value, Tensor):
             continue
@@ -300,23 +294,24 @@ def check_values(entry: dict[str, Any], where: str) -> None:
         if value.is_complex():
             raise ValueError(f"{where}: {key} holds complex numbers")
         if not value.is_floating_point() and not bool(((value >= 0) & (value < MAX_COUNT)).all()):
-            raise ValueError(f"{where}: {key} holds impossible counts: negative, or 2^53 and more")
+            raise ValueError(f"{where}: {key} holds impossible counts: negative, or 2^53 or more")
 
 
 def merge_memory_states(states: list[dict[int, dict[str, Any]]]) -> dict[int, dict[str, Any]]:
     """Add memories that started empty and read different texts: M = Σ M_i, z = Σ z_i.
 
-    Needs memories without the delta rule and without decay; the result equals that of one machine that read all texts
-    as rows of one batch with a shared memory.
+    Works only without the delta rule and without decay. The result equals that of one machine that read all texts as
+    rows of one batch with a shared memory.
 
     Args:
-        states: what `get_memory_state` returned on each machine.
+        states: the results of `get_memory_state` on each machine.
 
     Returns:
         A state for `set_memory_state`.
 
     Raises:
-        ValueError: no states, different layers or shapes, memories that can't be added, or a sum that is out of range.
+        ValueError: there are no states, their layers or shapes differ, their memories can't be added, or a sum is out
+            of range.
     """
     if not states:
         raise ValueError("merge_memory_states needs at least one state")
@@ -325,7 +320,7 @@ def merge_memory_states(states: list[dict[int, dict[str, Any]]]) -> dict[int, di
             raise ValueError(f"state {number} is a {type(state).__name__}, not a memory state: pass a list of states")
         if set(state) != set(states[0]):
             raise ValueError(
-                f"state {number} has memory layers {sorted(state)}, state 0 has {sorted(states[0])}: they can't merge"
+                f"state {number} has memory layers {sorted(state)}, state 0 has {sorted(states[0])}: can't be merged"
             )
         for index, entry in state.items():
             where = f"layer {index} of state {number}"
@@ -342,11 +337,11 @@ def merge_memory_states(states: list[dict[int, dict[str, Any]]]) -> dict[int, di
             if isinstance(value, Tensor)
         }
         entry = first | {key: stack.sum(0).to(stack.dtype) for key, stack in stacks.items()}
-        for key in entry.keys() & INDEX_KEYS:  # segments count time, not texts: whose turn it is depends on them
+        for key in entry.keys() & INDEX_KEYS:  # segment counters count time: take the greatest, not the sum
             try:
                 entry["segment_counter"] = stacks["segment_counter"].amax(0)
                 entry[key] = _find_turn(entry)
-            except (KeyError, TypeError, RuntimeError):  # of a file that claims anything
+            except (KeyError, TypeError, RuntimeError):  # an untrusted file may hold anything
                 raise ValueError(f"{where}: {key} does not belong to memories written in turn") from None
         check_values(entry, where)
         merged[index] = entry
@@ -354,13 +349,9 @@ def merge_memory_states(states: list[dict[int, dict[str, Any]]]) -> dict[int, di
 
 
 def check_same_layer(entry: Any, expected: dict[str, Any], where: str, whose: str) -> None:
-    """Check that a layer dictionary has the expected version, layer kind, settings, keys and shapes.
-
-    Raises:
-        ValueError: names what differs and what was expected.
-    """
+    """Raise ValueError unless a layer dictionary has the expected version, kind, settings, keys and shapes."""
     if not isinstance(entry, dict) or not {"layer_kind", "version"} <= set(entry):
-        raise ValueError(f"{where}: not a memory state of a layer (no layer_kind and version)")
+        raise ValueError(f"{where}: not a layer's memory state (no layer_kind or version)")
     for key, wanted in expected.items():
         found = entry.get(key)
         if not isinstance(wanted, Tensor) and (type(found) is not type(wanted) or found != wanted):

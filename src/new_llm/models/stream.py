@@ -1,4 +1,4 @@
-"""Reading a text in pieces of any size, with the same result as reading it whole."""
+"""Reading text in pieces of any size, with the same result as reading it whole."""
 
 import operator
 from typing import Any
@@ -11,22 +11,22 @@ from new_llm.models.layers import Layer, ReadTokens, Step
 from new_llm.models.state import keep_places, list_tensors, map_tensors
 
 CACHE_STEP = 64
-"""The capacity of a cache for steps in place is a multiple of this many tokens."""
+"""The cache capacity for steps in place is a multiple of this many tokens."""
 
 
 class MemoryStream:
-    """Reads token by token in constant memory; the logits equal the parallel path's however the text is cut.
+    """Reads text token by token in constant memory; however it is cut, logits equal those of `TransformerLM.forward`.
 
-    Softmax layers keep keys and values of the open segment (at most S tokens), memory layers running sums of constant
-    size. At a segment's end the memory is written and a new segment begins. Rows may be at different positions:
-    masked tokens take none. No gradients flow through a stream; training uses the parallel path.
+    Softmax layers hold the keys and values of the open segment (at most S tokens), memory layers hold running sums of
+    constant size. At a segment's end, memory is written and a new segment starts. Rows may be at different positions,
+    since masked tokens take none. A stream records no gradients.
 
-    A stream starts from the model's held memory and does not change it before `close(update_memory=True)`.
+    A stream starts from the model's held memory, and changes it only with `close(update_memory=True)`.
 
     Args:
-        model: the `TransformerLM` that reads.
-        batch_size: rows B.
-        use_selective: False: a single pass, also for a model with several.
+        model: a `TransformerLM`.
+        batch_size: number of rows B.
+        use_selective: False: a single pass, even if the model has several.
     """
 
     def __init__(self, model: Any, batch_size: int = 1, *, use_selective: bool = True) -> None:
@@ -39,10 +39,10 @@ class MemoryStream:
         self._start_rows = model.memory_rows
         self.num_passes: int = model.count_passes(use_selective)
         self.opened: list[list[Any]] = [[None] * len(model.layers) for _ in range(self.num_passes)]
-        self._head_weight: Tensor | None = None  # computed once per stream: calling a wrapped head is slow
-        self.offsets = [0] * batch_size  # of each row in its segment; on the host, where the pieces below are planned
+        self._head_weight: Tensor | None = None  # cached, since reading a wrapped head is slow
+        self.offsets = [0] * batch_size  # number of tokens in each row's open segment; a list, to plan without the GPU
         self.num_tokens = [0] * batch_size
-        self._places: Tensor | None = None  # the offsets on the device, [B], while `read_token` counts there too
+        self._places: Tensor | None = None  # `offsets` on the device, [B]; only between calls of `read_token`
         self._capacity = 0
         self._is_closed = False
         self._is_reset = False
@@ -55,12 +55,12 @@ class MemoryStream:
 
     @torch.no_grad()
     def feed_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """As `feed`, but returns the hidden states before the head, [B, T, D]."""
+        """Like `feed`, but returns the hidden states before the head, [B, T, D]."""
         if self._is_closed:
-            raise ValueError("the stream is closed: open another")
+            raise ValueError("the stream is closed; open another one")
         check_input_ids(input_ids, self.model.vocab_size)
         if input_ids.shape[0] != self.batch_size:
-            raise ValueError(f"{input_ids.shape[0]} rows of tokens for a stream of {self.batch_size}")
+            raise ValueError(f"{input_ids.shape[0]} rows of tokens for a stream of {self.batch_size} rows")
         if (
             self._is_inference and not torch.is_inference_mode_enabled()
         ):  # its tensors can't be changed in place outside
@@ -70,11 +70,11 @@ class MemoryStream:
         if packing is None:
             return self._feed_packed(input_ids, [input_ids.shape[1]] * self.batch_size)
         assert attention_mask is not None
-        lengths = attention_mask.to(torch.bool).sum(1).tolist()  # of a mask on the host, without waiting for the device
+        lengths = attention_mask.to(torch.bool).sum(1).tolist()  # does not synchronise if the mask is on the CPU
         return packing.unpack(self._feed_packed(packing.pack(input_ids), lengths))
 
     def _feed_packed(self, input_ids: Tensor, lengths: list[int]) -> Tensor:
-        """Feed rows up to their segment's end, repeatedly; whole segments take the parallel path."""
+        """Feed each row up to its segment's end, repeatedly; whole segments take the parallel path."""
         segment_length = self.model.segment_length
         hidden: Tensor | None = None
         fed = [0] * self.batch_size
@@ -108,12 +108,12 @@ class MemoryStream:
 
     @property
     def can_step_in_place(self) -> bool:
-        """Whether all layers can; see `Layer.can_step_in_place`."""
+        """Whether all layers support steps in place; see `Layer.can_step_in_place`."""
         return all(layer.can_step_in_place for layer in self.model.layer_list)
 
     @torch.no_grad()
     def begin_steps(self, num_tokens: int) -> None:
-        """Prepare for `num_tokens` calls of `read_token`: all that they change has its place from now on."""
+        """Prepare `num_tokens` calls of `read_token`: allocate all tensors that they change in place."""
         longest = -(-(max(self.offsets) + num_tokens) // CACHE_STEP) * CACHE_STEP
         self._capacity = min(longest, self.model.segment_length)
         self._places = torch.tensor(self.offsets).to(self.device, non_blocking=True)
@@ -121,15 +121,15 @@ class MemoryStream:
             memory = self.memories[index]
             if layer.has_memory and memory is None:
                 memory = self.model._empty(index, self.batch_size)
-            self.memories[index] = None if memory is None else memory.clone()  # what the model holds must not change
+            self.memories[index] = None if memory is None else memory.clone()  # keep the model's held memory unchanged
         self.opened = map_tensors(self.opened, torch.clone)
 
     @torch.no_grad()
     def read_token(self, tokens: Tensor) -> Tensor:
-        """Read a token of each row, [B, 1], and return the hidden states before the head, [B, 1, D].
+        """Read one token per row, [B, 1], and return the hidden states before the head, [B, 1, D].
 
-        Nothing here depends on the host: the same operations, on tensors at the same places, read every next token.
-        `count_token` follows each call.
+        Every call performs the same operations on tensors at the same addresses, so that a CUDA graph can replay it.
+        Call `count_token` after each call.
         """
         assert self._places is not None
         before = [list(opened) for opened in self.opened]
@@ -148,11 +148,7 @@ class MemoryStream:
 
     @torch.no_grad()
     def count_token(self) -> bool:
-        """What the host has to do after `read_token`: count, and end the segments that are full.
-
-        Returns:
-            Whether all tensors have kept their places.
-        """
+        """Count the token of `read_token` and end full segments; False if that replaced tensors of a captured graph."""
         self.offsets, self.num_tokens = ([count + 1 for count in counts] for counts in (self.offsets, self.num_tokens))
         if max(self.offsets) < self.model.segment_length:
             return True
@@ -163,7 +159,7 @@ class MemoryStream:
 
     @torch.no_grad()
     def reset_rows(self, rows: Tensor) -> None:
-        """Restart some rows, [B] bool, from empty memory, as where a row's next document begins."""
+        """Restart some rows, [B] bool, with empty memory, e.g. where a row's next document begins."""
         if rows.shape != (self.batch_size,):
             raise ValueError(f"reset_rows of shape {tuple(rows.shape)} for a stream of {self.batch_size} rows")
         chosen = rows.to(self.device, torch.bool, non_blocking=True)
@@ -179,26 +175,26 @@ class MemoryStream:
 
     @torch.no_grad()
     def close(self, *, update_memory: bool = False) -> None:
-        """End the stream; with `update_memory` also write open segments and add what was read to the held memory.
+        """End the stream; with `update_memory`, write open segments and add what was read to the held memory.
 
-        What the model has written in the meantime is kept.
+        What the model itself has written to memory in the meantime is kept.
 
         Raises:
-            ValueError: the number of rows of the model's memory has changed since the stream began, or rows of this
-                stream were reset while the memory is shared, so that their changes can't be separated.
+            ValueError: the number of rows of the model's memory has changed since the stream began; or rows of this
+                stream were reset although all rows share one memory, so that their changes can't be told apart.
         """
         if self._is_closed:
             return
         if update_memory and self._is_reset and self._start_rows is None:
-            raise ValueError("a stream whose rows were reset can't be added to a shared memory: use one memory per row")
+            raise ValueError("a stream with reset rows can't be added to a shared memory: give each row its own memory")
         if update_memory and self.model.memory_rows != self._start_rows:
             now, before = (
                 "one memory shared by all rows" if rows is None else f"a memory for each of {rows} rows"
                 for rows in (self.model.memory_rows, self._start_rows)
             )
             raise ValueError(
-                f"the model holds {now}, but {before} when this stream of {self.batch_size} rows began: "
-                "it can't take what the stream read"
+                f"the model holds {now}, but held {before} when this stream of {self.batch_size} rows began: "
+                "the stream's memory can't be added"
             )
         self._is_closed = True
         if update_memory:
@@ -206,11 +202,11 @@ class MemoryStream:
             self.model._hold(self.memories, self._start)
 
     def _run_open(self, input_ids: Tensor, fed: list[int], taken: list[int], *, is_level: bool) -> Tensor:
-        """Feed `taken` tokens of each row, those after `fed`; rows are level where all stand at one place."""
+        """Feed the `taken` tokens of each row that follow the first `fed`; `is_level`: all rows are at one position."""
         self._places = None
         longest, valid = max(taken), None
         columns = torch.arange(longest, device=self.device)
-        if is_level:  # as when text is generated: nothing to send to a device
+        if is_level:  # the usual case in generation: nothing to copy to the device
             tokens = input_ids[:, fed[0] : fed[0] + longest]
             offsets = torch.full((self.batch_size,), self.offsets[0], device=self.device)
         else:
@@ -234,7 +230,7 @@ class MemoryStream:
         return hidden
 
     def _run_step(self, tokens: Tensor, step: Step) -> Tensor:
-        """Pass tokens [B, T] that continue open segments through all layers, as often as there are passes."""
+        """Run all passes over tokens [B, T] that continue open segments; returns the head's input, [B, T, D]."""
         hidden = embedded = self.model.embed_in(tokens)
         for number, opened in enumerate(self.opened):
 
@@ -253,14 +249,14 @@ class MemoryStream:
         return ReadTokens(input_ids, weight)
 
     def _end_segments(self, least: int) -> None:
-        """Write and clear the segments of at least so many tokens."""
+        """Write and clear open segments with at least `least` tokens."""
         ended = [at >= least for at in self.offsets]
         if not any(ended):
             return
         rows = torch.tensor(ended).to(self.device, non_blocking=True)
         before = [list(opened) for opened in self.opened], list(self.memories)
         for index, (layer, memory) in enumerate(zip(self.model.layer_list, self.memories, strict=True)):
-            for opened in self.opened:  # every pass starts a new segment; the last pass's write is the memory
+            for opened in self.opened:  # end the segment in every pass; only the last pass's write is kept
                 if opened[index] is not None:
                     opened[index], self.memories[index] = layer.end_segments(opened[index], memory, rows)
         self.offsets = [0 if is_over else at for is_over, at in zip(ended, self.offsets, strict=True)]

@@ -1,9 +1,9 @@
-"""Files of tensors: what every reader of one checks, and how they are written.
+"""Reading and writing files of tensors, with checks for files that can't be trusted.
 
-A file from elsewhere is believed only within its own length. The library makes sure that a safetensors header
-describes exactly the bytes that follow it, before any tensor is read; a file of `torch.save` may hold nothing but
-plain values and tensors no larger than their own bytes, and no code of it is run. A safetensors file that we write
-carries one digest, `sha256` over its metadata and tensors, which every reader checks. Equal content gives equal bytes.
+A file can't make its reader allocate more than its own length. For safetensors, the library checks that the header
+describes exactly the bytes that follow, before any tensor is read. A `torch.save` file may contain only plain values,
+and tensors no larger than the file; no code in it is run. Safetensors files written here contain a digest, `sha256`
+over metadata and tensors, which every reader checks. Equal content gives equal bytes.
 """
 
 import datetime
@@ -26,7 +26,7 @@ from new_llm.config.files import check_regular_file, shorten, write_atomically
 from new_llm.config.sections import describe_validation_error
 
 MAX_ARCHIVE_ENTRIES = 1 << 16
-"""Of a file of `torch.save`: one a tensor, and a few."""
+"""Limit for a `torch.save` file, which has one entry per tensor and a few more."""
 DTYPE_NAMES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
@@ -39,16 +39,16 @@ DTYPE_NAMES = {
     torch.float32: "F32",
     torch.float64: "F64",
 }
-"""The dtypes that are written."""
+"""The dtypes that can be written."""
 DIGEST = "sha256"
 PICKLE_SIGNATURES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-"""How files begin that torch.save or pickle wrote."""
+"""The first bytes of files written by torch.save or pickle."""
 Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """A safetensors file's metadata, and its tensors' shapes and dtypes (`F32`, …), in agreement with its length."""
+    """A safetensors file's metadata, and its tensors' shapes and dtypes (`F32`, …), checked against its length."""
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
@@ -59,7 +59,7 @@ class TensorHeader:
 
 
 def read_header(path: Path) -> TensorHeader:
-    """The header of a safetensors file; nothing else of the file is read.
+    """The header of a safetensors file; the rest of the file is not read.
 
     Raises:
         UserError: the file is missing, truncated or not a safetensors file, or its header disagrees with its length.
@@ -73,20 +73,20 @@ def read_header(path: Path) -> TensorHeader:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
             shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
             return TensorHeader(shapes, {name: part.get_dtype() for name, part in parts.items()}, file.metadata() or {})
-    except (OSError, MemoryError) as error:  # a file is mapped, which a limit of the process may forbid
+    except (OSError, MemoryError) as error:  # the file is memory-mapped, which a process limit may forbid
         fault = f"can't be read: {getattr(error, 'strerror', None) or error}"
     except SafetensorError as error:
         fault = f"truncated, or not a safetensors file: {error}"
         if is_pickle:
             fault = (
-                "not a safetensors file but a pickle, as torch.save writes: read it with "
+                "not a safetensors file but a pickle, as written by torch.save: read it with "
                 "torch.load(path, weights_only=True) and set_memory_state"
             )
     raise UserError(shorten(f"{path}: {fault}"))
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; a UserError as of `read_header`, or where they do not match its digest."""
+    """The tensors of a safetensors file. Raises UserError like `read_header`, or if they do not match its digest."""
     metadata = read_header(path).metadata
     try:
         tensors = load_file(path)
@@ -97,13 +97,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], where: str) -> None:
-    """Compare content with the digest among its metadata, if there is one."""
+    """Raise a UserError if the metadata contain a digest that does not match the content."""
     if DIGEST in metadata and metadata[DIGEST] != hash_content(metadata, tensors):
         raise UserError(f"{where}: corrupted: the content does not match the digest it was written with")
 
 
 def find_misfit(found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> str | None:
-    """The first tensor, by name, that is missing, unknown or of another shape than wanted, in words; None: all fit."""
+    """Describe the first tensor, by name, that is missing, unknown or has the wrong shape; None: all fit."""
     for name in sorted({*found, *wanted}):
         if name not in found or name not in wanted:
             return f"missing or unknown tensors: {name}"
@@ -113,22 +113,22 @@ def find_misfit(found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequenc
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Make sure that no weight is NaN or infinite; names the first such tensor."""
+    """Raise a UserError that names the first tensor with NaN or infinite values, if there is one."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise UserError(shorten(f"{where}: {name} holds NaN or infinite values"))
 
 
-# Reading what torch.save wrote
+# Reading files of torch.save
 
 
 def read_torch_file(path: Path) -> Any:
-    """What torch.save wrote: tensors and plain values in dictionaries, lists and tuples.
+    """Read a file of torch.save: tensors and plain values in dictionaries, lists and tuples.
 
     Raises:
         OSError: the file can't be opened.
-        UserError: it is no such file, or holds packed entries, objects, or tensors larger than the file: a view whose
-            numbers are one number repeated would take that much memory wherever it is copied.
+        UserError: it is not such a file, or it holds compressed entries, other objects, or tensors larger than the
+            file. An expanded tensor, which repeats one number, would take that much memory when copied.
     """
     check_regular_file(path)
     size = path.stat().st_size
@@ -137,8 +137,8 @@ def read_torch_file(path: Path) -> Any:
             entries, fault = archive.infolist(), None
         if len(entries) > MAX_ARCHIVE_ENTRIES:
             fault = f"it holds {len(entries):,} entries"
-        elif any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):  # these could be of any size
-            fault = "it holds packed entries"
+        elif any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):  # these could expand to any size
+            fault = "it holds compressed entries"
         elif sum(entry.file_size for entry in entries) > size:
             fault = "its entries are larger than the file"
         if fault:
@@ -148,7 +148,7 @@ def read_torch_file(path: Path) -> Any:
         raise
     except zipfile.BadZipFile:
         raise UserError(f"{path}: not a file of torch.save, or a truncated one") from None
-    except Exception as error:  # the readers raise whatever a broken file provokes in them
+    except Exception as error:  # a broken file can make the readers raise anything
         raise UserError(shorten(f"{path}: not readable as plain tensors: {type(error).__name__}: {error}")) from None
     if sum(tensor.numel() * tensor.element_size() for tensor in _list_tensors(content, str(path))) > size:
         raise UserError(f"{path}: its tensors are larger than the file")
@@ -156,7 +156,7 @@ def read_torch_file(path: Path) -> Any:
 
 
 def _list_tensors(value: Any, where: str) -> Iterator[Tensor]:
-    """All tensors of nested plain values, each a dense one with bytes of its own."""
+    """Iterate over the tensors in nested plain values; raise a UserError at anything but dense CPU tensors."""
     if isinstance(value, Tensor):
         if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
             raise UserError(f"{where}: holds a tensor that is not a dense one on the CPU")
@@ -175,11 +175,11 @@ def _list_tensors(value: Any, where: str) -> Iterator[Tensor]:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file with its digest; it is whole, or what was there before."""
+    """Write a safetensors file with its digest, atomically."""
     if odd := sorted(name for name, tensor in tensors.items() if tensor.dtype not in DTYPE_NAMES):
         raise UserError(f"{path}: {odd[0]} is {tensors[odd[0]].dtype}; files hold {', '.join(DTYPE_NAMES.values())}")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    names = sorted(plain, key=lambda name: (-plain[name].element_size(), name))  # so that every number is aligned
+    names = sorted(plain, key=lambda name: (-plain[name].element_size(), name))  # widest first keeps all aligned
     facts = {**metadata, DIGEST: hash_content(metadata, plain)}
     header: dict[str, Any] = {"__metadata__": dict(sorted(facts.items()))}
     end = 0
@@ -195,28 +195,28 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
             file.write(_list_bytes(plain[name]))
 
 
-# Records: what the metadata of a file say, as a dataclass
+# Records: a file's metadata as a dataclass
 
 
 def format_record(record: Any, file_format: str, version: int) -> dict[str, str]:
-    """A record as string metadata: text as it is, everything else as JSON."""
+    """A record as string metadata: text unchanged, everything else as JSON."""
     values = TypeAdapter(type(record)).dump_python(record, mode="json")
     plain = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
     return {"format": file_format, "format_version": str(version), **plain}
 
 
 def parse_record(metadata: Any, record_type: type[Record], file_format: str, version: int, where: str) -> Record:
-    """The inverse of `format_record`; nothing of the metadata is trusted.
+    """The inverse of `format_record`; the metadata are not trusted.
 
     Raises:
-        UserError: another format or version, or a key that is missing, unknown or of the wrong form.
+        UserError: the format or version is wrong, or a key is missing, unknown or malformed.
     """
     values: dict[str, Any] = dict(metadata) if isinstance(metadata, dict) else {}
     if values.pop("format", None) != file_format:
         kind = file_format.removeprefix("new-llm-").replace("-", " ")
         raise UserError(f"{where}: not a {kind} file (its format is not {file_format!r})")
     if (found := values.pop("format_version", None)) != str(version):
-        raise UserError(shorten(f"{where}: format version {found}, this program reads {version}"))
+        raise UserError(shorten(f"{where}: format version {found}; this program reads {version}"))
     values.pop(DIGEST, None)
     try:
         for name, hint in get_type_hints(record_type).items():
@@ -231,7 +231,7 @@ def parse_record(metadata: Any, record_type: type[Record], file_format: str, ver
 
 
 def now() -> str:
-    """The time for a record, UTC, ISO 8601."""
+    """The current time for a record, UTC, ISO 8601."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
@@ -239,12 +239,12 @@ def now() -> str:
 
 
 def fingerprint_weights(model: nn.Module) -> str:
-    """Sha256 over the names, dtypes, shapes and bytes of a model's weights, the same on every device."""
+    """SHA-256 of the names, dtypes, shapes and bytes of a model's weights, the same on every device."""
     return fingerprint_tensors(model.state_dict())
 
 
 def fingerprint_tensors(tensors: Mapping[str, Tensor], beginning: bytes = b"") -> str:
-    """`fingerprint_weights` of the model that has these weights; of `beginning` and them."""
+    """SHA-256 of `beginning` and the tensors' names, dtypes, shapes and bytes; see `fingerprint_weights`."""
     digest = hashlib.sha256(beginning)
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -254,7 +254,7 @@ def fingerprint_tensors(tensors: Mapping[str, Tensor], beginning: bytes = b"") -
 
 
 def hash_content(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """The digest of a file: sha256 over its metadata, but for the digest itself, and its tensors."""
+    """The digest of a file: SHA-256 of its metadata, without the digest itself, and its tensors."""
     rest = {name: value for name, value in metadata.items() if name != DIGEST}
     return fingerprint_tensors(tensors, json.dumps(rest, sort_keys=True).encode())
 

@@ -1,4 +1,4 @@
-"""The language model: an embedding, any list of layers, a head, and the memory it holds."""
+"""The language model: an embedding, any list of layers, a head, and the memory that it holds."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +33,7 @@ from new_llm.models.ops.head_loss import linear_cross_entropy
 from new_llm.models.stream import MemoryStream
 
 SCORED_ROWS = 2048
-"""Rows of logits computed at once by a head that is not a plain matrix; more would only cost memory."""
+"""Rows of logits that a head which is not a plain matrix computes at once; more would only cost memory."""
 
 
 @section
@@ -41,7 +41,7 @@ class DepthOptions:
     """How many times the stack of layers runs, or how many times as deep the model is."""
 
     skip_interval: Annotated[int, Field(ge=0, le=MAX_LAYERS), short("--skip-interval")] = 1
-    """Extra passes of a selective model; deep_pythia has as many layers as that model runs."""
+    """Number of extra passes of a selective model; deep_pythia has as many layers as that model runs in all passes."""
 
 
 @section
@@ -49,11 +49,11 @@ class SelectiveOptions(DepthOptions):
     """The options of selective output: extra passes over the hidden states before a token is predicted."""
 
     earlier_pass_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """γ: weight of each pass in the training loss relative to the next one; 0: only the last pass counts, 1: all count
+    """γ: weight of each pass in the training loss relative to the next pass; 0: only the last pass counts, 1: all count
     equally."""
     projection_init: Annotated[Literal["normal", "identity"], short("--projection-init")] = "normal"
-    """Initial map between passes: random like other weights, or the identity, so that a pass starts from the output of
-    the one before."""
+    """Initial projection between passes: random like other weights, or the identity, so that each pass starts from the
+    previous one's output."""
     add_embedding: Annotated[bool, short("--add-embedding")] = False
     """Add the token embeddings to the input of each further pass."""
 
@@ -61,31 +61,31 @@ class SelectiveOptions(DepthOptions):
 class TransformerLM(HeldMemory):
     """A causal language model of any mix of Pythia and memory layers.
 
-    A call's tokens are cut into segments of `segment_length` from the call's start. Every layer works inside the
-    segment; memory is the only path from one segment to the next. One call of n segments gives the logits of n calls
-    of one segment with the memory carried.
+    A call's tokens are cut into segments of `segment_length` from the call's start. Every layer works within the
+    segment; memory is the only path from one segment to the next. One call of n segments gives the same logits as n
+    calls of one segment with the memory carried.
 
-    With `skip_interval` the stack runs several times: h₁ = Layers(embed(x)), h_{p+1} = Layers(W h_p + b), or with
-    `add_embedding` Layers(W h_p + b + embed(x)). The head reads the last pass. Every pass is parallel over positions
-    and causal. All passes read the memory from before the segment; only the last writes it. Training, evaluation and
-    generation run the same passes.
+    With `skip_interval`, the stack runs several times: h₁ = Layers(embed(x)), h_{p+1} = Layers(W h_p + b), or with
+    `add_embedding` Layers(W h_p + b + embed(x)). The head reads the last pass. Every pass is causal and parallel over
+    positions. All passes read the memory from before the segment; only the last one writes it. Training, evaluation
+    and generation run the same passes.
 
     Args:
-        layers: the layers, all with the same hidden size; their weights are initialised anew.
-        vocab_size: rows Z of the embedding and the head.
-        segment_length: tokens S in a segment.
+        layers: the layers, all of the same hidden size; their weights are drawn again.
+        vocab_size: Z, the number of rows of the embedding and the head.
+        segment_length: S, the number of tokens in a segment.
         layer_norm_eps: ε of the final LayerNorm.
         initializer_range: standard deviation of the initial weights.
-        tie_word_embeddings: the head's weight is the embedding's.
-        selective: fields of `SelectiveOptions`; without `skip_interval` there is one pass.
+        tie_word_embeddings: whether the head uses the embedding's weight.
+        selective: fields of `SelectiveOptions`; without `skip_interval` there is a single pass.
 
     Raises:
-        ValueError: no layers, layers of different sizes, a layer before the head that is not among the last, or a
-            length or another setting that is out of range.
+        ValueError: there are no layers, their hidden sizes differ, a layer that stands before the head is followed by
+            one that does not, or a length or another setting is out of range.
     """
 
     gradient_checkpointing = False
-    """In training keep only each layer's input and run the layer again in backward."""
+    """In training, keep only each layer's input and recompute the layer in backward."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class TransformerLM(HeldMemory):
             raise ValueError("layers: at least one layer is needed")
         sizes = sorted({layer.hidden_size for layer in layers})
         if len(sizes) > 1:
-            raise ValueError(f"layers: hidden sizes {sizes} differ; all layers need one")
+            raise ValueError(f"layers: hidden sizes {sizes} differ; all layers need the same")
         for name, value in (("vocab_size", vocab_size), ("segment_length", segment_length)):
             if value < 1:
                 raise ValueError(f"{name}: {value} is not positive")
@@ -123,7 +123,7 @@ class TransformerLM(HeldMemory):
         if tie_word_embeddings:
             self.tie_embeddings()
         self.pass_projection = None
-        if self.skip_interval:  # drawn last, so that with the same seed all other weights equal the plain model's
+        if self.skip_interval:  # drawn last, so that all other weights equal those of a plain model of the same seed
             self.pass_projection = nn.Linear(sizes[0], sizes[0])
             if self.selective.projection_init == "identity":
                 nn.init.eye_(self.pass_projection.weight)
@@ -137,20 +137,18 @@ class TransformerLM(HeldMemory):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, update_memory: bool = False
     ) -> Tensor:
-        """Logits of every position.
+        """The logits at every position, [B, T, Z].
 
         Args:
-            input_ids: [B, T] token ids; T may be any number of segments.
-            attention_mask: [B, T], 1 or True at real tokens; the others are neither read nor written and take no
-                position in a segment. Their logits are meaningless. For a model on a GPU, pass a CPU tensor: reading it
-                then needs no synchronisation.
+            input_ids: token ids, [B, T]; T may span any number of segments.
+            attention_mask: [B, T], 1 or True at real tokens. Other tokens are neither read nor written, take no
+                position in a segment, and get meaningless logits. For a model on a GPU, pass a CPU tensor, which can be
+                read without synchronising.
             update_memory: keep what the call wrote; otherwise the held memory stays bit for bit as it was.
 
-        Returns:
-            [B, T, Z].
-
         Raises:
-            ValueError: ids of another shape or outside the vocabulary, or a batch that does not fit the memory's rows.
+            ValueError: ids have another shape or are outside the vocabulary, or the batch size differs from the number
+                of rows in the held memory.
         """
         return self.embed_out(self.compute_hidden(input_ids, attention_mask, update_memory=update_memory))
 
@@ -162,7 +160,7 @@ class TransformerLM(HeldMemory):
         update_memory: bool = False,
         use_selective: bool = True,
     ) -> Tensor:
-        """The hidden states before the head, [B, T, D]; arguments as in `compute_passes`."""
+        """The head's input, [B, T, D]; arguments as in `compute_passes`."""
         passes = self.compute_passes(
             input_ids, attention_mask, update_memory=update_memory, use_selective=use_selective
         )
@@ -176,9 +174,9 @@ class TransformerLM(HeldMemory):
         update_memory: bool = False,
         use_selective: bool = True,
     ) -> list[Tensor]:
-        """The hidden states before the head after each pass through the layers, [B, T, D] each.
+        """The head's input after each pass through the layers, [B, T, D] each.
 
-        Arguments are those of `forward`; with `use_selective` False there is a single pass with the same weights.
+        Arguments as in `forward`; with `use_selective` False there is a single pass, with the same weights.
         """
         check_input_ids(input_ids, self.vocab_size)
         memories, start = self._begin_call(input_ids.shape[0], input_ids.device)
@@ -201,17 +199,17 @@ class TransformerLM(HeldMemory):
         write_last: bool,
         num_passes: int = 1,
     ) -> tuple[list[Tensor], LayerMemories]:
-        """The functional core: tokens and memories to hidden states and new memories, without side effects.
+        """The functional core: maps tokens and memories to hidden states and new memories, without side effects.
 
         Args:
-            input_ids: [B, T], real tokens on the left.
+            input_ids: [B, T]; each row's real tokens come first.
             memories: each layer's memory, with B rows.
-            packing: how many tokens of each row are real; None: all.
-            write_last: also write the last segment.
-            num_passes: passes through the layers.
+            packing: the number of real tokens in each row; None: no padding.
+            write_last: whether to write the last segment to memory too.
+            num_passes: number of passes through the layers.
 
         Returns:
-            The head's input after each pass [B, T, D], and each layer's memory.
+            The head's input after each pass, [B, T, D] each, and each layer's new memory.
         """
         batch, num_tokens = input_ids.shape
         num_segments = -(-num_tokens // self.segment_length)
@@ -236,8 +234,8 @@ class TransformerLM(HeldMemory):
     ) -> tuple[list[Tensor], LayerMemories]:
         """The hidden states after each pass, [B, n, S, D], and each layer's memory after the last.
 
-        With memory, the first pass of a segment needs what the last pass of the previous segment wrote, so segments run
-        one after another. Without memory all segments run at once.
+        With several passes and memory, a segment's first pass needs what the previous segment's last pass wrote, so
+        segments run one after another. Otherwise all segments go through the layers in one call.
         """
         num_segments = hidden.shape[1]
         if num_passes > 1 and num_segments > 1 and self.memory_layers:
@@ -273,11 +271,11 @@ class TransformerLM(HeldMemory):
         return passes, written
 
     def run_layers(self, hidden: Tensor, run: Callable[[int, Layer, Tensor], Tensor]) -> Tensor:
-        """Pass hidden states through all layers; the final LayerNorm precedes those that stand before the head.
+        """Pass hidden states through all layers, with the final LayerNorm ahead of those that stand before the head.
 
         Args:
             hidden: [..., D].
-            run: runs one layer: (its index, the layer, its input) to its output.
+            run: runs one layer: takes its index, the layer and its input, and returns its output.
         """
         first = self.first_before_head
         for index, layer in enumerate(self.layer_list):
@@ -286,13 +284,13 @@ class TransformerLM(HeldMemory):
 
     @property
     def first_before_head(self) -> int | None:
-        """The index of the first layer between the final LayerNorm and the head; None: there is none."""
+        """Index of the first layer between the final LayerNorm and the head; None: there is none."""
         return next((index for index, layer in enumerate(self.layer_list) if layer.stands_before_head), None)
 
     def read_head_weight(self) -> Tensor:
-        """The head as a matrix [Z, D], also where it is wrapped by an adapter, quantised or hooked.
+        """The head's weight as a matrix [Z, D], even if the head is wrapped by an adapter, quantised or hooked.
 
-        Such a head is applied to the D unit vectors; gradients flow through that call.
+        Such a head is applied to the D unit vectors instead; gradients flow through that call.
         """
         head = self.embed_out
         if is_plain_linear(head):
@@ -302,16 +300,16 @@ class TransformerLM(HeldMemory):
         return (head(units) - head(torch.zeros_like(units[:1]))).t()
 
     def begin_pass(self, hidden: Tensor, embedded: Tensor) -> Tensor:
-        """The input of the next pass, W h + b, from the output of the last layer and the embedding, [..., D] each."""
+        """The next pass's input, from the last layer's output and the embedding, [..., D] each."""
         entering = hidden if self.pass_projection is None else self.pass_projection(hidden)
         return entering + embedded if self.selective.add_embedding else entering
 
     def finish_pass(self, hidden: Tensor) -> Tensor:
-        """The head's input, from the output of the last layer."""
+        """The head's input, from the last layer's output."""
         return self.final_layer_norm(hidden) if self.first_before_head is None else hidden
 
     def count_passes(self, use_selective: bool = True) -> int:
-        """Passes through the layers: 1 + skip_interval, or 1 without the extra ones."""
+        """Number of passes through the layers: 1 + skip_interval, or 1 with `use_selective` False."""
         return 1 + self.skip_interval if use_selective else 1
 
     # Losses
@@ -325,16 +323,16 @@ class TransformerLM(HeldMemory):
         update_memory: bool = False,
         use_selective: bool = True,
     ) -> Tensor:
-        """The loss of the token that follows each position, [B, T] float32 nats; 0 where there is no target.
+        """The loss at each position, of predicting the token that follows, in nats, [B, T]; 0 where there is no target.
 
-        In training the passes' losses are weighted by `earlier_pass_weight`.
+        In training, the losses of several passes are weighted by `earlier_pass_weight`.
 
         Args:
             input_ids: [B, T].
             labels: the tokens themselves, not shifted, [B, T] or [B, T + 1]; see `align_labels`.
             attention_mask: [B, T]; masked tokens are not targets either.
             update_memory: as in `forward`.
-            use_selective: False: one pass with the same weights.
+            use_selective: False: a single pass, with the same weights.
         """
         targets = self.find_targets(input_ids, labels, attention_mask)
         passes = self.compute_passes(
@@ -351,23 +349,23 @@ class TransformerLM(HeldMemory):
         label_weights: Tensor | None = None,
         update_memory: bool = False,
     ) -> Tensor:
-        """The training objective: the sum of `token_losses`, plus the layers' auxiliary losses once per target.
+        """The training objective: the sum of `token_losses`, plus the auxiliary losses times the number of targets.
 
         Args:
             input_ids: [B, T].
             labels: [B, T] or [B, T + 1].
             attention_mask: [B, T].
-            label_weights: factor of each label's loss in the sum, in the labels' shape; None: 1.
+            label_weights: weight of each label's loss, in the labels' shape; None: 1.
             update_memory: as in `forward`.
 
         Raises:
-            ValueError: as for `token_losses`, or weights whose shape differs from the labels'.
+            ValueError: `label_weights` and `labels` differ in shape, or as in `token_losses`.
         """
         targets = self.find_targets(input_ids, labels, attention_mask)
         weights = None
         if label_weights is not None:
             if label_weights.shape != labels.shape:
-                raise ValueError(f"label_weights: {list(label_weights.shape)} beside labels {list(labels.shape)}")
+                raise ValueError(f"label_weights: shape {list(label_weights.shape)}, but labels {list(labels.shape)}")
             weights = align_labels(label_weights, input_ids.shape[1])
         passes = self.compute_passes(input_ids, attention_mask, update_memory=update_memory)
         return self.add_auxiliary_loss(self.score_passes(passes, targets, "sum", weights), targets)
@@ -381,17 +379,15 @@ class TransformerLM(HeldMemory):
         update_memory: bool = False,
         use_selective: bool = True,
     ) -> tuple[Tensor, LossStatistics]:
-        """The mean loss of all predicted tokens and its statistics; arguments as in `token_losses`.
+        """The mean loss over all predicted tokens, and its statistics; arguments as in `token_losses`.
 
-        In training the layers' auxiliary losses are added to the loss, but not to the statistics.
-
-        Raises:
-            ValueError: no token is predicted.
+        In training, the layers' auxiliary losses are added to the loss, but not to the statistics. Raises ValueError if
+        there is no token to predict.
         """
         targets = self.find_targets(input_ids, labels, attention_mask)
         num_tokens = int((targets != IGNORE_INDEX).sum())
         if num_tokens == 0:
-            raise ValueError("labels: no token is predicted; at least two real tokens in a row are needed")
+            raise ValueError("labels: no token to predict; at least two real tokens in a row are needed")
         passes = self.compute_passes(
             input_ids, attention_mask, update_memory=update_memory, use_selective=use_selective
         )
@@ -400,14 +396,14 @@ class TransformerLM(HeldMemory):
         return self.add_auxiliary_loss(total, targets) / num_tokens, statistics
 
     def find_targets(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The token that each position predicts, [B, T]; -100 where there is none or either token is masked."""
+        """The target of each position, [B, T]; -100 if there is none, or the position or its target is masked."""
         check_input_ids(input_ids, self.vocab_size)
         check_mask(attention_mask, input_ids)
         targets = align_labels(labels, input_ids.shape[1])
         check_targets(targets, input_ids, self.vocab_size)
         if attention_mask is not None:
             mask = attention_mask.to(targets.device, torch.bool, non_blocking=True)
-            masked = ~mask | ~F.pad(mask[:, 1:], (0, 1), value=True)  # neither predict from nor predict a masked token
+            masked = ~mask | ~F.pad(mask[:, 1:], (0, 1), value=True)  # masked tokens neither predict nor are targets
             targets = targets.masked_fill(masked, IGNORE_INDEX)
         return targets
 
@@ -418,15 +414,15 @@ class TransformerLM(HeldMemory):
         reduction: Literal["none", "sum"] = "none",
         weights: Tensor | None = None,
     ) -> Tensor:
-        """The losses [B, T] of the passes from `compute_passes`, or their sum: Σ γ^(P − p) ℓ_p / Σ γ^(P − q).
+        """The losses [B, T], or their sum, averaged over P passes: Σ_p γ^(P − p) ℓ_p / Σ_p γ^(P − p).
 
         Outside training, and with γ = 0, only the last pass counts.
 
         Args:
-            passes: hidden states, [B, T, D] each.
+            passes: from `compute_passes`, [B, T, D] each.
             targets: from `find_targets`.
             reduction: "sum" needs less memory and time.
-            weights: factor of each position's loss, [B, T].
+            weights: weight of each position's loss, [B, T]; None: 1.
         """
         gamma = self.selective.earlier_pass_weight
         if len(passes) == 1 or not self.training or not gamma:
@@ -436,7 +432,7 @@ class TransformerLM(HeldMemory):
         return torch.stack([share / sum(shares) * loss for share, loss in zip(shares, losses, strict=True)]).sum(0)
 
     def add_auxiliary_loss(self, total: Tensor, targets: Tensor) -> Tensor:
-        """A summed loss plus, in training, the auxiliary losses of the last call, once per target; clears them."""
+        """In training, add the last call's auxiliary losses, times the number of targets, to `total`; clears them."""
         found = list(self._take_auxiliary_losses().values())
         if not self.training or not found:
             return total
@@ -456,7 +452,7 @@ class TransformerLM(HeldMemory):
         """Weighted losses [B, T] of hidden states [B, T, D], or their sum."""
         rows, wanted, head = hidden.flatten(0, 1), targets.flatten(), self.embed_out
         weights = None if weights is None else weights.flatten()
-        # A wrapped, quantised or hooked head must be called, not multiplied by its weight.
+        # A wrapped, quantised or hooked head must be called: its weight alone would not give its output.
         if is_plain_linear(head):
             losses = linear_cross_entropy(rows, head.weight, wanted, label_weights=weights, reduction=reduction)
         else:
@@ -469,7 +465,7 @@ class TransformerLM(HeldMemory):
     # Streams and generation
 
     def open_stream(self, batch_size: int = 1, *, use_selective: bool = True) -> MemoryStream:
-        """Open a stream that reads pieces of any size, starting from the held memory; see `MemoryStream`."""
+        """Open a stream that reads text in pieces of any size, starting from the held memory; see `MemoryStream`."""
         return MemoryStream(self, batch_size, use_selective=use_selective)
 
     def generate(
@@ -482,7 +478,7 @@ class TransformerLM(HeldMemory):
 
     @property
     def tie_word_embeddings(self) -> bool:
-        """Whether head and embedding are one parameter; a state dict then holds it once, as the embedding.
+        """Whether head and embedding share one parameter; a state dict then holds it once, as the embedding.
 
         Source: Using the Output Embedding to Improve Language Models, arXiv:1608.05859.
         """
@@ -490,24 +486,24 @@ class TransformerLM(HeldMemory):
         return head is not None and head is getattr(self.embed_in, "weight", None)
 
     def tie_embeddings(self) -> None:
-        """Make the embedding the head's weight, too."""
+        """Make the head use the embedding's weight."""
         self.embed_out.weight = self.embed_in.weight
         self.embed_out.out_features = self.embed_in.num_embeddings
 
     def untie_embeddings(self) -> None:
-        """Give a tied head a weight of its own, equal to the embedding's."""
+        """Give a tied head its own weight, a copy of the embedding's."""
         if self.tie_word_embeddings:
             weight = self.embed_in.weight
             self.embed_out.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # What wraps one of the two, such as a LoRA layer, must not change the other when it is merged into the weight.
+        # A wrapper around one of the two, such as a LoRA layer, must not change the other one when it is merged.
         if name in ("embed_in", "embed_out") and name in self._modules and type(value) not in (nn.Linear, nn.Embedding):
             self.untie_embeddings()
         super().__setattr__(name, value)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As of any module; with `assign`, tied weights stay tied."""
+        """See `nn.Module.load_state_dict`; tied weights stay tied even with `assign`."""
         is_tied = self.tie_word_embeddings
         found = super().load_state_dict(state_dict, strict=strict, assign=assign)
         if is_tied:
@@ -515,9 +511,7 @@ class TransformerLM(HeldMemory):
         return found
 
     def num_parameters(self) -> dict[str, Any]:
-        """`total`, `embedding`, `lm_head` (0 where it is the embedding), `transformer` (layers and final LayerNorm) and
-        `per_layer` (a list).
-        """
+        """Counts: `total`, `embedding`, `lm_head` (0 if tied), `transformer` (the rest) and `per_layer` (a list)."""
 
         def count(module: nn.Module) -> int:
             return sum(parameter.numel() for parameter in module.parameters())
@@ -528,23 +522,19 @@ class TransformerLM(HeldMemory):
         return parts | {"per_layer": [count(layer) for layer in self.layers]}
 
     def gate_values(self) -> dict[str, list[float]]:
-        """The gates g of each memory layer's heads, by the layer's name in the state dict."""
+        """`Layer.gate_values` of each memory layer that has gates, by the layer's name in the state dict."""
         found = {f"layers.{index}": layer.gate_values() for index, layer in self.memory_layers.items()}
         return {name: values for name, values in found.items() if values}
 
     def get_alpha(self) -> float | dict[int, float]:
-        """α of the parallel adapter; with several adapters {layer index: α}.
-
-        Raises:
-            ValueError: the model has no adapter.
-        """
+        """α of the parallel adapter, or {layer index: α} if there are several. Raises ValueError if there is none."""
         alphas = self.alpha_values()
         if not alphas:
             raise ValueError("get_alpha: this model has no parallel adapter (create_pythia_with_parallel_infini)")
         return next(iter(alphas.values())) if len(alphas) == 1 else alphas
 
     def alpha_values(self) -> dict[int, float]:
-        """α of each parallel adapter by its layer's index; empty where there is none."""
+        """α of each parallel adapter, by layer index; empty if there is none."""
         alphas = {index: getattr(layer, "alpha", None) for index, layer in self.memory_layers.items()}
         return {index: float(a.detach()) for index, a in alphas.items() if isinstance(a, nn.Parameter) and a.dim() == 0}
 
@@ -560,12 +550,12 @@ def check_order(layers: Sequence[Layer]) -> None:
     """Raise ValueError if a layer that stands before the head is followed by one that does not."""
     for index, (layer, following) in enumerate(itertools.pairwise(layers)):
         if layer.stands_before_head and not following.stands_before_head:
-            raise ValueError(f"layers: {layer.kind} stands before the head and can only be among the last, not {index}")
+            raise ValueError(f"layers: {layer.kind} stands before the head and must be among the last, not at {index}")
 
 
 def is_plain_linear(head: nn.Module) -> bool:
-    """Whether a head computes x Wᵀ and nothing else."""
-    forward: Any = vars(head).get("forward")  # decoding replaces it with a faster product with the same weight
+    """Whether a head only computes x Wᵀ."""
+    forward: Any = vars(head).get("forward")  # `decoding` replaces it by a faster product with the same weight
     return (
         type(head) is nn.Linear
         and head.bias is None

@@ -1,4 +1,4 @@
-"""Hugging Face's ecosystem: Pythia in and out, and every model of the family as a `transformers` model.
+"""Hugging Face integration: importing and exporting Pythia, and every model as a `transformers` model.
 
 Importing this package registers the model type `new_llm` with `AutoConfig`, `AutoModelForCausalLM` and `AutoTokenizer`.
 No code from a model's folder is ever run.

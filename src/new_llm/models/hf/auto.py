@@ -1,4 +1,4 @@
-"""Every model of the family as a `transformers` model: `AutoModelForCausalLM`, `generate()`, `Trainer`, `peft`."""
+"""Every model as a `transformers` model, for `AutoModelForCausalLM`, `generate()`, `Trainer` and `peft`."""
 
 import copy
 from pathlib import Path
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 
 class NewLLMConfig(PretrainedConfig):
-    """What `NewLLMForCausalLM` is made from.
+    """The configuration of `NewLLMForCausalLM`.
 
     Args:
-        layers: the layers, each `{"kind": "infini", ...}` with the arguments of a registered layer class.
-        vocab_size: rows of the embedding and the head.
-        selective: options of a selective model; None: one pass.
-        max_position_embeddings: tokens that a tool may give in one call. The model itself has no limit: positions
-            restart in every segment and memory carries the rest. None: a Pythia's 2048, or a segment where that is
-            longer, so that models cut into different segments are measured on the same texts.
-        use_cache: return a cache where no gradients are recorded.
-        kwargs: the rest, as in any `PretrainedConfig`.
+        layers: the layers, each `{"kind": "infini", ...}` with the constructor arguments of a registered layer class.
+        vocab_size: number of rows of the embedding and the head.
+        selective: options of a selective model; None: a single pass.
+        max_position_embeddings: number of tokens that tools may pass in one call. The model itself has no limit, since
+            positions restart in every segment and memory carries the rest. None: a Pythia's 2048, or the segment length
+            if that is longer, so that models with different segments are evaluated on the same texts.
+        use_cache: whether to return a cache if no gradients are recorded.
+        kwargs: other arguments of `PretrainedConfig`.
     """
 
     model_type = "new_llm"
@@ -70,30 +70,31 @@ class NewLLMConfig(PretrainedConfig):
 
     @classmethod
     def from_model(cls, model: TransformerLM, **kwargs: Any) -> "NewLLMConfig":
-        """The configuration of a model; `kwargs` are the arguments that a model does not know, such as eos_token_id."""
+        """The configuration of a model; `kwargs` are arguments that do not follow from it, such as eos_token_id."""
         return cls(**{**describe_model(model), **kwargs})
 
     @property
     def structure(self) -> dict[str, Any]:
-        """What `model_file.build_model` makes the model from."""
+        """The structure from which `model_file.build_model` builds the model."""
         return {name: getattr(self, name) for name in ModelStructure.__dataclass_fields__}
 
     @property
     def num_hidden_layers(self) -> int:
-        """Layers."""
+        """Number of layers."""
         return len(self.layers)
 
     @property
     def hidden_size(self) -> int | None:
-        """D; None where a layer of another make calls it otherwise."""
+        """D; None if there are no layers, or the first has no such setting."""
         return self.layers[0].get("hidden_size") if self.layers else None
 
 
 class StreamCache(Cache):
-    """What a model has read so far, row by row, of constant size beyond a segment; rows begin with the held memory.
+    """What a model has read so far, in a `MemoryStream` that starts from the held memory.
 
-    Rows can be selected and repeated (beam search), and the cache can be copied (`copy.deepcopy`, for several
-    continuations of one prompt). It can't be shortened: a memory does not forget its last tokens.
+    Its size is bounded however long the text is. Rows can be selected and repeated (for beam search), and the cache can
+    be copied (`copy.deepcopy`, for several continuations of one prompt). It can't be cropped: a memory can't forget its
+    last tokens.
     """
 
     is_compileable = False  # pyright: ignore
@@ -108,7 +109,7 @@ class StreamCache(Cache):
         self.last_hidden: Tensor | None = None
 
     def feed(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Hidden states [B, T, D] of the next columns [B, T]; a masked one has those of the last real token before."""
+        """Read the next columns, [B, T]; returns hidden states [B, T, D]; padding repeats the last real token's."""
         hidden = self.stream.feed_hidden(input_ids, attention_mask)
         hidden = hold_over_padding(hidden, attention_mask, self.last_hidden)
         self.last_hidden = hidden[:, -1]
@@ -116,55 +117,55 @@ class StreamCache(Cache):
         return hidden
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns read, padding included."""
+        """Number of columns read, including padding."""
         return self.num_columns
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: there is no longest text."""
+        """-1: there is no maximum length."""
         return -1
 
     def get_max_cache_shape(self, layer_idx: int = 0) -> int | None:
-        """None: there is no longest text."""
+        """None: there is no maximum length."""
         return None
 
     @property
     def batch_size(self) -> int:
-        """Rows B."""
+        """Number of rows B."""
         return self.stream.batch_size
 
     @property
     def is_initialized(self) -> bool:
-        """Whether anything was read."""
+        """Whether anything has been read."""
         return self.num_columns > 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i continues from what row `beam_idx[i]` has read."""
+        """Let row i continue from what row `beam_idx[i]` has read."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows of these indices, in this order; one may come several times."""
+        """Keep the rows with these indices, in this order; an index may occur several times."""
         self.stream = select_stream_rows(self.stream, indices)
         if self.last_hidden is not None:
             self.last_hidden = self.last_hidden.index_select(0, indices.to(self.last_hidden.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Replace each row by this many copies, next to one another."""
+        """Replace each row by `repeats` adjacent copies."""
         self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def reset(self) -> None:
-        """Begin anew from the model's held memory."""
+        """Start again from the model's held memory."""
         self.__init__(self.stream.model, self.batch_size)
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: what a memory took in can't be taken out again."""
-        raise ValueError("the cache of a memory model can't be shortened: copy it before the tokens are read")
+        """Not supported: what has been written to a memory can't be removed."""
+        raise ValueError("the cache of a memory model can't be shortened; copy it before the tokens are read")
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: the model's own layers write the cache."""
-        raise ValueError("StreamCache holds no keys and values of other layers: pass it as past_key_values")
+        """Not supported: only the model's own layers write the cache."""
+        raise ValueError("StreamCache can't take keys and values of other layers; pass it as past_key_values")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StreamCache":
-        """A copy that reads on by itself, with the same model."""
+        """An independent copy, with the same model."""
         copied = StreamCache(self.stream.model, self.batch_size)
         copied.num_columns, copied.last_hidden = self.num_columns, self.last_hidden
         copied.stream = select_stream_rows(self.stream, torch.arange(self.batch_size))
@@ -172,9 +173,9 @@ class StreamCache(Cache):
 
 
 def hold_over_padding(hidden: Tensor, attention_mask: Tensor | None, before: Tensor | None = None) -> Tensor:
-    """Give masked columns of [B, T, D] the hidden state of the last real token before them, or `before` [B, D].
+    """Replace hidden states [B, T, D] at padding by those of the last real token before it, or by `before` [B, D].
 
-    Generation continues from the last column, which is padding where prompts are padded on the right.
+    `transformers` generates from the last column, which is padding if prompts are padded on the right.
     """
     if attention_mask is None or bool(attention_mask[:, -1].all()):
         return hidden
@@ -186,10 +187,10 @@ def hold_over_padding(hidden: Tensor, attention_mask: Tensor | None, before: Ten
 
 
 def select_stream_rows(stream: MemoryStream, indices: Tensor) -> MemoryStream:
-    """A stream of copies of some rows of another, which stays as it is."""
+    """A new stream with copies of some rows of another, which is not changed."""
     selected, copies = copy.copy(stream), dict[int, Tensor]()
 
-    def pick(t: Tensor) -> Tensor:  # one tensor in two places stays one, since layers write theirs in place
+    def pick(t: Tensor) -> Tensor:  # a tensor used twice must stay one tensor, since layers change it in place
         if id(t) not in copies:
             copies[id(t)] = t.index_select(0, indices.to(t.device)) if t.dim() else t.clone()
         return copies[id(t)]
@@ -203,21 +204,21 @@ def select_stream_rows(stream: MemoryStream, indices: Tensor) -> MemoryStream:
 
 
 UNSUPPORTED = ("inputs_embeds", "output_attentions", "output_hidden_states")
-"""Arguments of other models that these have no answer to."""
+"""Arguments of other `transformers` models that are not supported."""
 
 
 class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
-    """A `TransformerLM` as a `transformers` model, with fresh weights unless one is given to wrap.
+    """A `TransformerLM` as a `transformers` model; a new one is built unless `model` is given.
 
-    `model` is the `TransformerLM` itself, with its memory: `load_memory_file(hf.model, path)` before `hf.generate(...)`
-    begins every row from that memory. Memory is no weight: `save_pretrained` leaves it out.
+    The attribute `model` is the `TransformerLM` itself, with its memory: after `load_memory_file(hf.model, path)`,
+    `hf.generate(...)` starts every row from that memory. `save_pretrained` does not save the memory.
     """
 
     config_class = NewLLMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _supports_cache_class = True  # asked for up to transformers 4.55
+    _supports_cache_class = True  # read by transformers up to 4.55
     _is_stateful = True  # no assisted generation: a cache can't be shortened
 
     def __init__(self, config: NewLLMConfig, model: TransformerLM | None = None) -> None:
@@ -228,19 +229,19 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
             for module in model.modules():
                 module._is_hf_initialized = True  # pyright: ignore[reportArgumentType]
         self.model = model
-        # One block for device_map: memory and streams live on one device, so a model is placed whole.
+        # Memory and streams are on a single device, so device_map must not split the model.
         self._no_split_modules = [type(model).__name__]
         self.post_init()
 
     @classmethod
     def from_model(cls, model: TransformerLM, **kwargs: Any) -> "NewLLMForCausalLM":
-        """Wrap a model of registered layers, which is not copied; `kwargs` go to `NewLLMConfig`."""
+        """Wrap a model of registered layers without copying it; `kwargs` go to `NewLLMConfig`."""
         dtype = {"torch_dtype": model.embed_in.weight.dtype}
         return cls(NewLLMConfig.from_model(model, **(dtype | kwargs)), model).train(model.training)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As in any model of `transformers`; weights that are missing are a `UserError`, never drawn by chance."""
+        """See `PreTrainedModel.from_pretrained`; missing weights are a `UserError` instead of being drawn at random."""
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
         if missing := sorted(info["missing_keys"]):
@@ -248,12 +249,12 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As in any model of `transformers`; a head that an adapter has separated from the embedding stays so."""
+        """See `PreTrainedModel.save_pretrained`; a head that an adapter has untied from the embedding stays untied."""
         self.config.tie_word_embeddings = self.model.tie_word_embeddings
         super().save_pretrained(*args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
-        if hasattr(module, "initialize_features"):  # after its parts
+        if hasattr(module, "initialize_features"):  # called after its parts were initialised
             cast(Any, module).initialize_features()
         elif not any(True for _ in module.children()):
             initialize_weights(module, self.config.initializer_range)
@@ -267,7 +268,7 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
         return self.model.embed_in
 
     def set_input_embeddings(self, value: Any) -> None:
-        """Replace the embedding; its rows are the vocabulary."""
+        """Replace the embedding; its number of rows becomes the vocabulary size."""
         self.model.embed_in = value
         self.model.vocab_size = value.num_embeddings
 
@@ -280,7 +281,7 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.embed_out = new_embeddings
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Share one weight between embedding and head again, if so configured; called after loading and resizing."""
+        """Tie head and embedding again, if configured; `transformers` calls this after loading and resizing."""
         if self.config.tie_word_embeddings:
             self.model.tie_embeddings()
 
@@ -299,25 +300,26 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
         update_memory: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Logits, and the loss where labels are given.
+        """The logits, and with labels the loss.
 
         Args:
-            input_ids: [B, T]; with a cache the tokens after those it has read.
-            attention_mask: [B, T], or as many columns more as the cache has read; 0: neither read nor written.
-            position_ids: not used: positions are those inside a segment, and masked tokens take none.
-            past_key_values: what a call before returned. Without gradients.
+            input_ids: [B, T]; with a cache, the tokens after those that it has read.
+            attention_mask: [B, T], optionally preceded by the columns that the cache has read; tokens with 0 are
+                neither read nor written.
+            position_ids: ignored: positions count within a segment, and masked tokens take none.
+            past_key_values: the cache that an earlier call returned; records no gradients.
             labels: the tokens themselves, not shifted, [B, T]; see `align_labels`.
-            use_cache: return a cache; None: as configured. None is made with labels, or where gradients are recorded.
-            logits_to_keep: logits of this many last columns, or of the columns with these indices; 0: all. With
-                labels all are returned.
-            num_items_in_batch: what the summed loss is divided by, as `Trainer` gives it over accumulated batches;
-                None: the number of predicted tokens.
-            return_dict: False: a tuple.
-            update_memory: hold what the call wrote, as in `TransformerLM`; without a cache.
-            kwargs: arguments of other models, which must be unset.
+            use_cache: whether to return a cache; None: as configured. There is never one with labels or gradients.
+            logits_to_keep: number of last columns, or indices of the columns, whose logits to return; 0: all. Ignored
+                with labels.
+            num_items_in_batch: divisor of the summed loss, which `Trainer` passes for accumulated batches; None: the
+                number of predicted tokens.
+            return_dict: False: return a tuple.
+            update_memory: keep what the call wrote in the held memory, see `TransformerLM.forward`; not with a cache.
+            kwargs: arguments of other models; those in `UNSUPPORTED` must be unset.
 
         Raises:
-            ValueError: as `TransformerLM`, or an argument that these models don't know.
+            ValueError: see `TransformerLM.forward`; or an argument is not supported.
         """
         if unknown := [name for name in UNSUPPORTED if kwargs.get(name) not in (None, False)]:
             raise ValueError(f"{', '.join(unknown)}: not supported by {type(self).__name__}")
@@ -329,7 +331,7 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is None and use_cache and labels is None and not torch.is_grad_enabled() and not update_memory:
             cache = StreamCache(self.model, len(input_ids))
         if cache is not None and update_memory:
-            raise ValueError("update_memory: a call with a cache holds nothing; leave past_key_values out")
+            raise ValueError("update_memory: not possible in a call with a cache; leave out past_key_values")
         if cache is not None:
             passes = [cache.feed(input_ids, attention_mask)]
         else:
@@ -355,10 +357,10 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None,
         num_items: Tensor | int | None,
     ) -> Tensor:
-        """The summed loss over `num_items`, or over the tokens that are predicted; NaN where there are none."""
+        """The summed loss divided by `num_items`, or by the number of predicted tokens (NaN if there are none)."""
         targets = self.model.find_targets(input_ids, labels.to(input_ids.device), attention_mask)
         if self.model.training and self.model.selective.earlier_pass_weight:
-            total = self.model.score_passes(passes, targets, "sum")  # of all passes, with their weights
+            total = self.model.score_passes(passes, targets, "sum")  # a weighted mean over all passes
         else:
             total = compute_token_losses(logits.flatten(0, 1), targets.flatten()).sum()
         total = self.model.add_auxiliary_loss(total, targets)
@@ -374,15 +376,15 @@ def export_auto(
 ) -> None:
     """Write weights, configuration, generation configuration and tokenizer for `AutoModelForCausalLM`.
 
-    The folder loads wherever `new_llm.models.hf` has been imported. The held memory is not part of it.
+    To load the folder, import `new_llm.models.hf` first. The held memory is not saved.
 
     Args:
         directory: where to write; weights already there are replaced.
-        tokenizer: saved with the model, with its special tokens; None: none is saved, and token 0 ends a text.
+        tokenizer: saved with the model, with its special tokens; None: no tokenizer is saved, and token 0 ends a text.
 
     Raises:
-        ValueError: a layer of a class that is not registered.
-        UserError: the folder can't be written.
+        ValueError: a layer's class is not registered.
+        OSError: the folder can't be written.
     """
     hf = NewLLMForCausalLM.from_model(model)
     with stage_folder(

@@ -1,4 +1,4 @@
-"""Model folders in `transformers`' layout: found on the disk or the hub, read, and written whole."""
+"""Model folders in the layout of `transformers`: finding them on disk or on the hub, reading and writing them."""
 
 import json
 import os
@@ -26,18 +26,18 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""Where weights are looked for, the first that is there wins; an index names the files of a sharded checkpoint."""
+"""Files that may hold the weights; the first that exists is used. An index lists the files of a sharded checkpoint."""
 INSTEAD = (
-    "give a directory that save_pretrained or export_pythia has written; `new-llm export --format gpt_neox` makes one "
-    "of a run"
+    "give a directory written by save_pretrained or export_pythia; `new-llm export --format gpt_neox` makes one from "
+    "a run"
 )
 
 
 def find_checkpoint(name_or_directory: str | Path, revision: str | None = None) -> Path:
-    """The directory of a checkpoint: the one given, or the hub repository's files of a revision on this machine.
+    """The local directory of a checkpoint: the one given, or that of a hub repository, downloaded if necessary.
 
     Raises:
-        UserError: there is no such directory or repository, or the hub is out of reach and nothing is cached.
+        UserError: there is no such directory or repository, or the hub can't be reached and nothing is cached.
     """
     name = str(name_or_directory)
     path = Path(name).expanduser()
@@ -53,7 +53,7 @@ def find_checkpoint(name_or_directory: str | Path, revision: str | None = None) 
         if reachable:
             info = huggingface_hub.HfApi(endpoint=hub_endpoint()).model_info(name, revision=revision)
             there = {sibling.rfilename for sibling in info.siblings or []}
-            wanted = [CONFIG_FILE, *[file for file in WEIGHT_FILES if file in there][:1]]  # one set of weights
+            wanted = [CONFIG_FILE, *[file for file in WEIGHT_FILES if file in there][:1]]  # only one set of weights
             if wanted[-1].endswith(INDEX_ENDING):
                 stem, ending = wanted[-1].removesuffix(INDEX_ENDING).rsplit(".", 1)
                 wanted.append(f"{stem}-*.{ending}")
@@ -65,10 +65,10 @@ def find_checkpoint(name_or_directory: str | Path, revision: str | None = None) 
         cached = huggingface_hub.try_to_load_from_cache(name, CONFIG_FILE, revision=revision)
     except HFValidationError as error:
         raise UserError(f"{name}: neither a directory nor a hub name: {describe_failure(error)}") from None
-    except Exception as error:  # huggingface_hub raises what its transport raises
+    except Exception as error:  # huggingface_hub raises whatever its transport raises
         raise UserError(f"{name} could not be loaded: {describe_failure(error)}; {INSTEAD}") from None
     if not isinstance(cached, str):
-        raise UserError(f"{name} is not cached here and the hub at {hub_endpoint()} is out of reach: {INSTEAD}")
+        raise UserError(f"{name} is not cached and the hub at {hub_endpoint()} can't be reached: {INSTEAD}")
     return Path(cached).parent
 
 
@@ -76,7 +76,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The checkpoint's `config.json`."""
     path = folder / CONFIG_FILE
     if not path.is_file():
-        hint = " (a model that TransformerLM.save wrote: load_model reads it)"
+        hint = " (it holds a model written by save_model: use load_model)"
         raise UserError(
             f"{folder}: no {CONFIG_FILE} here{hint if (folder / STRUCTURE_FILE).is_file() else ''}; {INSTEAD}"
         )
@@ -84,7 +84,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint by their names, on the CPU, as they were stored. No pickled code is run."""
+    """All tensors of a checkpoint by name, on the CPU, in their stored dtypes. No pickled code is run."""
     name = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if name is None:
         raise UserError(f"{folder}: no weights here; looked for {', '.join(WEIGHT_FILES)}")
@@ -96,7 +96,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for file in sorted(set(places.values())):
         if Path(file).name != file:
-            raise UserError(shorten(f"{folder / name}: {file!r} is no file of this folder"))
+            raise UserError(shorten(f"{folder / name}: {file!r} is not a file in this folder"))
         weights |= _read_tensors(folder / file)
     if missing := sorted(set(places) - set(weights)):
         raise UserError(shorten(f"{folder / name}: the files lack {', '.join(missing[:5])}"))
@@ -122,31 +122,31 @@ WEIGHT_PATTERNS = (
     "pytorch_model.bin.index.json",
 )
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
-"""The name under which old and new versions of `transformers` know a tokenizer.json."""
+"""The class that both old and new versions of `transformers` use for a tokenizer.json."""
 
 
 @contextmanager
 def stage_folder(
     directory: str | Path, tokenizer: Tokenizer | PreTrainedTokenizerBase | None, *, max_length: int, vocab_size: int
 ) -> Iterator[tuple[Path, dict[str, int | None]]]:
-    """A temporary folder for a model, and the ids of its tokenizer's special tokens by their names.
+    """A temporary folder to write a model to, and the ids of the tokenizer's special tokens by name.
 
-    At the block's end the tokenizer is added, and the files take their places in `directory`, the configuration last.
-    Weights of an earlier model that stood there are removed, as no reader could tell them from the new ones; all other
-    files stay. An error inside the block leaves `directory` as it was.
+    At the block's end the tokenizer is added, and the files are moved to `directory`, the configuration last. Weight
+    files of an earlier model in `directory` are deleted, since readers might take them for the new model's; other files
+    stay. An error inside the block leaves `directory` unchanged.
 
     Args:
         directory: where to write.
-        tokenizer: see `wrap_tokenizer`; None: none is written, and token 0 ends a text.
-        max_length: tokens that a text should have at most.
-        vocab_size: rows of the model's embedding.
+        tokenizer: see `wrap_tokenizer`; None: no tokenizer is written, and token 0 ends a text.
+        max_length: maximum number of tokens in a text.
+        vocab_size: number of rows of the model's embedding.
 
     Raises:
-        OSError: the system refuses to write there.
+        OSError: the folder can't be written.
     """
     directory, wrapped = Path(directory).expanduser(), wrap_tokenizer(tokenizer, max_length, vocab_size)
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    # 0 is `<|endoftext|>` of Pythia and of ours.
+    # token 0 is `<|endoftext|>` in Pythia's tokenizer and in New-LLM's
     token_ids: dict[str, int | None] = {name: 0 if wrapped is None else getattr(wrapped, name) for name in names}
     with make_temporary_folder(directory / CONFIG_FILE) as staging:
         yield staging, token_ids
@@ -168,14 +168,15 @@ def stage_folder(
 def wrap_tokenizer(
     tokenizer: Tokenizer | PreTrainedTokenizerBase | None, max_length: int, vocab_size: int
 ) -> PreTrainedTokenizerBase | None:
-    """A tokenizer as `transformers` wants it: with its special tokens, padding on the left as generation needs it.
+    """A tokenizer for `transformers`, with its special tokens, and padding on the left, as generation needs it.
 
-    It encodes texts as training does, without tokens around them. One that has no end of text gets `<|endoftext|>` in
-    one of the rows that the model has and the tokenizer does not use: generation and evaluation ask for that token.
+    It encodes text as in training, without adding special tokens. If it has no end-of-text token, `<|endoftext|>` is
+    added with an unused id of the model, because generation and evaluation need it.
 
     Args:
-        tokenizer: one of `transformers` stays as it is; None: there is none.
-        max_length: tokens that a text should have at most.
+        tokenizer: a `transformers` tokenizer is returned unchanged; so is None.
+        max_length: maximum number of tokens in a text.
+        vocab_size: number of rows of the model's embedding.
     """
     if tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase):
         return tokenizer

@@ -1,6 +1,6 @@
-"""Pythia in and out: GPT-NeoX checkpoints of old and of new `transformers` to our model, and back.
+"""Importing and exporting Pythia: GPT-NeoX checkpoints of old and new versions of `transformers`.
 
-| | up to version 4 | from version 5 | here, in memory |
+| | `transformers` up to 4 | `transformers` from 5 | New-LLM, in memory |
 |---|---|---|---|
 | rotary share and base | `rotary_pct`, `rotary_emb_base` | `rope_parameters` | `PythiaConfig` |
 | head in memory | `embed_out` | `lm_head` | `embed_out` |
@@ -53,20 +53,20 @@ FIXED_KEYS: dict[str, Any] = {
     "use_parallel_residual": True,
     "attention_bias": True,
 }
-"""What every Pythia has, which our layers are built for; a key that is missing means this value."""
+"""The only values that `PythiaLayer` supports, which all Pythia models have; also the defaults of missing keys."""
 DROPOUT_KEYS = ("attention_dropout", "hidden_dropout")
-MAX_NAMES = 5  # of weights in an error
+MAX_NAMES = 5  # number of weights that an error lists
 LayerChoice = str | Mapping[str, Any] | Layer
 """A kind ("infini"), a kind with options ({"kind": "infini", "num_memory_heads": 8}), or a layer."""
 FUSED = "attention.query_key_value."
-"""The projection to q, k and v, which holds them head by head."""
+"""The fused projection to q, k and v, whose rows are ordered by head."""
 
 
 def parse_config(values: dict[str, Any], where: str) -> PythiaConfig:
-    """The shape that a GPT-NeoX `config.json` describes, in the layout of any version.
+    """The shape that a GPT-NeoX `config.json` describes, in the layout of any `transformers` version.
 
     Raises:
-        UserError: another model type, a key that is missing, or an option that our layers don't have.
+        UserError: the model type is another one, a key is missing, or an option is not supported by `PythiaLayer`.
     """
     found = values.get("model_type")
     if found != MODEL_TYPE:
@@ -76,9 +76,9 @@ def parse_config(values: dict[str, Any], where: str) -> PythiaConfig:
         raise UserError(f"{where}: {', '.join(missing)} missing")
     for key, allowed in FIXED_KEYS.items():
         if values.get(key, allowed) != allowed:
-            raise UserError(f"{where}: {key} is {values[key]!r}; Pythia layers have {allowed!r} and no other")
+            raise UserError(f"{where}: {key} is {values[key]!r}; Pythia layers only support {allowed!r}")
     if dropped := [key for key in DROPOUT_KEYS if values.get(key)]:
-        warnings.warn(f"{where}: {', '.join(dropped)}: our layers have no dropout, in training too", stacklevel=3)
+        warnings.warn(f"{where}: {', '.join(dropped)}: New-LLM has no dropout, not even in training", stacklevel=3)
     for key in ("rope_parameters", "rope_scaling"):
         rope = values.get(key) or {}
         if not isinstance(rope, dict):
@@ -89,7 +89,7 @@ def parse_config(values: dict[str, Any], where: str) -> PythiaConfig:
     given = {key: values[key] for key in (*SHAPE_KEYS, *OTHER_KEYS) if values.get(key) is not None}
     rope = values.get("rope_parameters") or {}
     for key, new_key in (("rotary_pct", "partial_rotary_factor"), ("rotary_emb_base", "rope_theta")):
-        for found in (values.get(new_key), values.get(key), rope.get(new_key)):  # the newest layout holds
+        for found in (values.get(new_key), values.get(key), rope.get(new_key)):  # the newest layout takes precedence
             given |= {} if found is None else {key: found}
     try:
         return PythiaConfig(**given)
@@ -98,7 +98,7 @@ def parse_config(values: dict[str, Any], where: str) -> PythiaConfig:
 
 
 def write_config(config: PythiaConfig, dtype: torch.dtype, token_ids: dict[str, int | None]) -> dict[str, Any]:
-    """A `config.json` that old and new versions of `transformers` read alike: it has the keys of both."""
+    """A `config.json` with the keys of both old and new versions of `transformers`."""
     name = str(dtype).removeprefix("torch.")
     return {
         "architectures": ["GPTNeoXForCausalLM"],
@@ -121,10 +121,10 @@ def write_config(config: PythiaConfig, dtype: torch.dtype, token_ids: dict[str, 
 
 
 def import_names(weights: dict[str, Tensor], expected: dict[str, torch.Size], where: str) -> dict[str, Tensor]:
-    """Weights by our names, all there and of the `expected` shapes; old buffers are left out.
+    """Rename weights to New-LLM's names and check that they match the `expected` shapes; old buffers are dropped.
 
     Raises:
-        UserError: weights that are missing, unknown or of another shape, or of no floating-point type.
+        UserError: weights are missing, unknown, of the wrong shape or not floating-point.
     """
     named: dict[str, Tensor] = {}
     for name, tensor in weights.items():
@@ -132,9 +132,9 @@ def import_names(weights: dict[str, Tensor], expected: dict[str, torch.Size], wh
         if OLD_BUFFERS.fullmatch(ours):
             continue
         if ours in named:
-            raise UserError(f"{where}: {ours} is there twice")
+            raise UserError(f"{where}: duplicate weight {ours}")
         named[ours] = tensor
-    tied = None if HEAD in expected else named.pop(HEAD, None)  # which some versions write, too
+    tied = None if HEAD in expected else named.pop(HEAD, None)  # some versions also write a tied head
     if tied is not None and not torch.equal(tied, named.get(EMBEDDING, tied)):
         raise UserError(f"{where}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}")
     for what, names in (("missing", set(expected) - set(named)), ("not GPT-NeoX's", set(named) - set(expected))):
@@ -144,14 +144,14 @@ def import_names(weights: dict[str, Tensor], expected: dict[str, torch.Size], wh
     for name, tensor in named.items():
         if tensor.shape != expected[name]:
             raise UserError(
-                f"{where}: {name} has shape {tuple(tensor.shape)}, the configuration {tuple(expected[name])}"
+                f"{where}: {name} has shape {tuple(tensor.shape)}, but the configuration says {tuple(expected[name])}"
             )
         if not tensor.is_floating_point():
             raise UserError(f"{where}: {name} has dtype {tensor.dtype}; quantized weights can't be read")
     return named
 
 
-# Models in and out
+# Importing and exporting models
 
 
 def load_pythia(
@@ -161,20 +161,20 @@ def load_pythia(
     segment_length: int | None = None,
     replace_layers: Mapping[int, LayerChoice] | None = None,
 ) -> TransformerLM:
-    """Make a model from a GPT-NeoX checkpoint, in the precision it is stored in.
+    """Load a GPT-NeoX checkpoint as a model, in the precision it is stored in.
 
     Args:
-        name_or_directory: a directory that any version of `transformers`, or `export_pythia`, has written, or a hub
-            name such as EleutherAI/pythia-70m.
-        revision: branch, tag or commit of the hub repository; a directory has none.
-        segment_length: tokens S in a segment; None: the checkpoint's max_position_embeddings.
-        replace_layers: layers to swap, by their index: a kind ("infini"), a kind with options
-            ({"kind": "infini", "num_memory_heads": 8}) or a layer. A swapped layer takes over what fits, see
-            `copy_weights`; its gates begin as the kind's do.
+        name_or_directory: a directory written by any version of `transformers` or by `export_pythia`, or a hub name
+            such as EleutherAI/pythia-70m.
+        revision: branch, tag or commit of the hub repository; ignored for a directory.
+        segment_length: S, the number of tokens in a segment; None: the checkpoint's max_position_embeddings.
+        replace_layers: layers to replace, by index: a kind ("infini"), a kind with options
+            ({"kind": "infini", "num_memory_heads": 8}) or a layer. The new layer takes over the old weights that fit,
+            see `copy_weights`; its gates have their usual initial values.
 
     Raises:
-        UserError: no such checkpoint, a hub out of reach, or an architecture that our layers can't represent.
-        ValueError: a segment length or a layer to swap that is out of range.
+        UserError: there is no such checkpoint, the hub can't be reached, or the architecture is not supported.
+        ValueError: the segment length or the index of a layer to replace is out of range.
     """
     folder = find_checkpoint(name_or_directory, revision)
     try:
@@ -183,7 +183,7 @@ def load_pythia(
         raise UserError(shorten(str(error))) from None
     found = read_weights(folder)
     try:
-        with torch.device("meta"):  # nothing is drawn that the checkpoint replaces
+        with torch.device("meta"):  # do not draw weights that the checkpoint replaces
             model = create_model("pythia", config, segment_length=segment_length)
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # an odd number of rotated dimensions
         raise UserError(shorten(f"{folder / CONFIG_FILE}: {error}")) from None
@@ -191,7 +191,7 @@ def load_pythia(
     weights = import_names(found, shapes, str(folder))
     check_finite(weights, str(folder))
     model.load_state_dict(weights, assign=True)
-    # A model computes in one precision: where a checkpoint has several, in one that holds all values.
+    # A model has a single dtype: if the checkpoint has several, use one that can hold all values.
     model.to(functools.reduce(torch.promote_types, {tensor.dtype for tensor in weights.values()}))
     if replace_layers:
         model.layers = nn.ModuleList(swap_layers(model.layer_list, replace_layers, config))
@@ -204,16 +204,19 @@ def export_pythia(
     directory: str | Path,
     tokenizer: Union[Tokenizer, "PreTrainedTokenizerBase", None] = None,
 ) -> None:
-    """Write a plain Pythia as a GPT-NeoX folder that every version of `transformers` loads.
+    """Write a plain Pythia as a GPT-NeoX folder that every version of `transformers` can load.
 
-    `max_position_embeddings` is the segment's length: beyond it the two would differ, since GPT-NeoX has no segments.
+    `max_position_embeddings` is set to the segment length, since GPT-NeoX has no segments and would give different
+    logits beyond it.
 
     Args:
+        model: a model of Pythia layers only.
         directory: where to write; weights already there are replaced.
-        tokenizer: saved with the model, with its special tokens; None: none is saved, and token 0 ends a text.
+        tokenizer: saved with the model, with its special tokens; None: no tokenizer is saved, and token 0 ends a text.
 
     Raises:
-        UserError: a model that GPT-NeoX can't express, or a folder that can't be written.
+        UserError: GPT-NeoX can't represent the model.
+        OSError: the folder can't be written.
     """
     config = describe_pythia(model)
     with stage_folder(directory, tokenizer, max_length=config.max_position_embeddings, vocab_size=model.vocab_size) as (
@@ -228,25 +231,26 @@ def export_pythia(
 
 
 def describe_pythia(model: TransformerLM) -> PythiaConfig:
-    """The shape of a model of Pythia layers.
+    """The shape of a model that consists of Pythia layers.
 
     Raises:
-        UserError: memory layers or other kinds, layers that differ, or several passes: names what saves such a model.
+        UserError: GPT-NeoX can't represent the model: it has layers of other kinds, layers that differ, or several
+            passes. The message says how to save it instead.
     """
     other = (
-        "save it by new_llm.models.hf.NewLLMForCausalLM.from_model(model).save_pretrained(directory), or by "
+        "save it with new_llm.models.hf.NewLLMForCausalLM.from_model(model).save_pretrained(directory), or with "
         "`new-llm export --format auto`"
     )
     layers = model.layer_list
     if foreign := [f"{i} ({type(layer).__name__})" for i, layer in enumerate(layers) if type(layer) is not PythiaLayer]:
         raise UserError(f"GPT-NeoX has no layers like {', '.join(foreign)}: {other}")
     if skip_interval := getattr(model, "skip_interval", 0):
-        raise UserError(f"GPT-NeoX runs its layers once, this model {1 + skip_interval} times: {other}")
+        raise UserError(f"GPT-NeoX runs its layers once, but this model runs them {1 + skip_interval} times: {other}")
     settings = dict(layers[0].settings)
     if any(layer.settings != settings for layer in layers):
-        raise UserError(f"GPT-NeoX's layers are all alike, this model's differ: {other}")
+        raise UserError(f"GPT-NeoX's layers are all alike, but this model's differ: {other}")
     if settings["layer_norm_eps"] != model.final_layer_norm.eps:
-        raise UserError(f"GPT-NeoX has one layer_norm_eps, this model's final LayerNorm another: {other}")
+        raise UserError(f"GPT-NeoX has one layer_norm_eps, but this model's final LayerNorm has another: {other}")
     return PythiaConfig(
         vocab_size=model.vocab_size,
         num_hidden_layers=len(layers),
@@ -258,15 +262,15 @@ def describe_pythia(model: TransformerLM) -> PythiaConfig:
     )
 
 
-# Layers swapped for another kind, which takes over what fits
+# Replacing layers by other kinds, which take over the weights that fit
 
 
 def swap_layers(layers: list[Layer], choices: Mapping[int, LayerChoice], config: PythiaConfig) -> list[Layer]:
-    """The layers with some of them replaced by other kinds; see `copy_weights`.
+    """Replace some layers by other kinds, which take over the weights that fit; see `copy_weights`.
 
     Raises:
-        ValueError: no layer of that index, an unknown kind or option, a layer of another hidden size,
-            or one that can only be the last in another place.
+        ValueError: there is no layer with that index, a kind or option is unknown, a layer has another hidden size, or
+            a layer that stands before the head is followed by one that does not.
     """
     for index in choices:
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(layers):
@@ -282,11 +286,11 @@ def swap_layers(layers: list[Layer], choices: Mapping[int, LayerChoice], config:
 
 
 def make_layer(choice: LayerChoice, config: PythiaConfig, index: int) -> Layer:
-    """The layer that is chosen; its size, heads, MLP and ε are the checkpoint's unless the choice says otherwise."""
+    """Build the chosen layer; its sizes, heads, rotary settings and ε are the checkpoint's unless given as options."""
     where = f"replace_layers, layer {index}"
     if isinstance(choice, Layer):
         if choice.hidden_size != config.hidden_size:
-            raise ValueError(f"{where}: hidden size {choice.hidden_size}, the checkpoint's is {config.hidden_size}")
+            raise ValueError(f"{where}: hidden size {choice.hidden_size}, but the checkpoint's is {config.hidden_size}")
         return choice
     options = {"kind": choice} if isinstance(choice, str) else dict(choice)
     kind = options.pop("kind", None)
@@ -302,14 +306,14 @@ def make_layer(choice: LayerChoice, config: PythiaConfig, index: int) -> Layer:
 def copy_weights(old: Layer, new: Layer) -> None:
     """Copy one layer's weights to another of any kind, wherever name and shape agree.
 
-    Both LayerNorms, the MLP and the output projection keep their numbers. The fused projection holds q, k, v of a head
-    side by side, head by head; where the new layer has other heads its rows are put in order, so that every output
-    that was part of q (of k, of v) still is, at the same place among all heads together.
+    LayerNorms, MLP and output projection are copied unchanged. The rows of the fused projection are ordered by head,
+    and within a head by q, k and v. If the new layer has another number of heads they are reordered, so that all
+    outputs of q (of k, of v) stay what they were, in the same order over all heads.
     """
     theirs, attentions = old.state_dict(), [layer.get_submodule("attention") for layer in (old, new)]
     heads: list[Any] = [getattr(one, "num_memory_heads", getattr(one, "num_heads", None)) for one in attentions]
     for name, mine in new.state_dict().items():
-        if name.startswith("base_layer."):  # a layer that keeps the old one whole, and adds to it
+        if name.startswith("base_layer."):  # the new layer contains the old one unchanged
             mine.copy_(theirs[name.removeprefix("base_layer.")])
             continue
         value = theirs.get(name)
@@ -317,15 +321,15 @@ def copy_weights(old: Layer, new: Layer) -> None:
             continue
         if name.startswith(FUSED):
             if None in heads:
-                continue  # nothing is known of how the new layer splits it
+                continue  # unknown how the new layer splits it into heads
             value = split_heads_anew(value, *heads)
         mine.copy_(value)
 
 
 def split_heads_anew(fused: Tensor, old_heads: int, new_heads: int) -> Tensor:
-    """Rows [heads · (q, k, v) · K, ...] of a fused projection, put in order for another number of heads."""
+    """Reorder the rows [heads · (q, k, v) · K, ...] of a fused projection for another number of heads."""
     if old_heads == new_heads:
         return fused
     rest = fused.shape[1:]
-    whole = fused.unflatten(0, (old_heads, 3, -1)).transpose(0, 1).reshape(3, -1, *rest)  # all of q, of k, of v
+    whole = fused.unflatten(0, (old_heads, 3, -1)).transpose(0, 1).reshape(3, -1, *rest)  # all of q, then k, then v
     return whole.unflatten(1, (new_heads, -1)).transpose(0, 1).reshape(-1, *rest)

@@ -1,16 +1,17 @@
-"""The parallel memory adapter on a GPT-NeoX: put there, and saved and loaded alone, as a small file that runs no code.
+"""The parallel memory adapter for a GPT-NeoX: adding it to a model, and saving and loading it in a small file.
 
-Base layer's output + α · Infini(LN of the layer's input), at one layer or several.
+At one or more layers, the output becomes Base(x) + α · Infini(LN x).
 
-A `.safetensors` file holds the adapter's tensors with string metadata; `.pt` holds {"metadata": strings, "tensors":
-tensors} as `torch.save` writes it, and is read with `weights_only=True`. The metadata are the same:
+A `.safetensors` file holds the adapter's tensors with string metadata. A `.pt` file holds {"metadata": strings,
+"tensors": tensors}, as written by `torch.save`, and is read with `weights_only=True`, so that no code in it is run. The
+metadata are the same:
 
 ```
 format            new-llm-parallel-adapter
 format_version    1
 base_name         EleutherAI/pythia-70m
 base_fingerprint  sha256 of the base's weights
-with_base         whether the base's weights are in the file: they were trained too
+with_base         whether the file contains the base's weights, because they were trained too
 segment_length    256
 layers            {"0": {"initial_alpha": 0.0, "use_delta_rule": true, ...}}
 program_version   0.1.0
@@ -68,25 +69,25 @@ def create_pythia_with_parallel_infini(
     revision: str | None = None,
     **options: Any,
 ) -> TransformerLM:
-    """A pretrained GPT-NeoX with a compressive memory beside some layers.
+    """Load a pretrained GPT-NeoX and add a memory branch to some layers.
 
-    The memory begins with the projections of the attention beside it, or (`init="random"`) with weights from torch's
-    global generator. `get_alpha()` gives α (of several layers: a dictionary by layer index), and the memory is held,
-    saved and carried as in every model of the family.
+    The branch starts with the weights of the base layer's attention, or with `init="random"` with weights drawn from
+    torch's global generator. The memory is used like that of any other model; `get_alpha()` returns α.
 
     Args:
-        model_name: a GPT-NeoX: its name on the hub, its directory, or the folder of a model that `save` wrote.
-        use_delta_rule: write only what the memory does not hold yet.
+        model_name: a GPT-NeoX's hub name or directory, or a folder written by `save_model`.
+        use_delta_rule: write only what the memory does not return yet.
         use_alibi: decay the memory at each segment's write.
-        initial_alpha: α at the start; with 0 the model equals its base bit for bit.
-        freeze_base_model: the base's weights take no gradient, so that training leaves them as they are.
-        layers: the layers that get a memory beside them, by index.
-        segment_length: tokens in a segment; None: the base's own.
-        revision: branch, tag or commit of a name on the hub.
+        initial_alpha: initial α; with 0 the model starts out bit-identical to its base.
+        freeze_base_model: train only the adapter: the base's weights require no gradients.
+        layers: indices of the layers that get a memory branch.
+        segment_length: number of tokens in a segment; None: the base's.
+        revision: branch, tag or commit of a hub repository.
+        options: further fields of `AdapterConfig`.
 
     Raises:
-        ValueError: an unknown option, a value out of range, or a layer that the base lacks.
-        UserError: the base can't be found or read (also a ValueError).
+        ValueError: an option is unknown, a value is out of range, or the base has no such layer.
+        UserError: the base can't be found or read (a subclass of ValueError).
     """
     config = AdapterConfig(
         layers=tuple(layers),
@@ -101,10 +102,10 @@ def create_pythia_with_parallel_infini(
 
 
 def load_base(name: str | Path, *, revision: str | None = None, segment_length: int | None = None) -> TransformerLM:
-    """A GPT-NeoX by hub name or directory, or a model folder of this project; on the CPU, in float32 at least.
+    """Load a GPT-NeoX by hub name or directory, or a folder of `save_model`; on the CPU, at least in float32.
 
-    Pythia is published in float16, and training in 16 bits loses small updates: such weights are widened, for training
-    and for use alike, so that an adapter meets the base it was trained on.
+    Pythia is published in float16, but training in 16 bits loses small updates. The weights are therefore widened, also
+    when the model is only used, so that an adapter gets the same base as in training.
     """
     folder = Path(name).expanduser()
     if (folder / STRUCTURE_FILE).is_file():
@@ -118,14 +119,13 @@ def load_base(name: str | Path, *, revision: str | None = None, segment_length: 
 
 
 def save_adapter(model: TransformerLM, path: str | Path, *, with_base: bool = False) -> None:
-    """Write the adapter's weights and settings, and what base they belong to; whole, or what was there before.
+    """Write the adapter's weights and settings, and its base's fingerprint, atomically to a .safetensors or .pt file.
 
-    The file is .safetensors or .pt (plain tensors, as torch.save writes them). `with_base` also writes the base's
-    weights, where they were trained.
+    `with_base` also writes the base's weights, for the case that they were trained, too.
     """
     layers = find_adapters(model)
     if not layers:
-        raise UserError("this model has no parallel adapter: there is nothing to save")
+        raise UserError("this model has no parallel adapter, so there is nothing to save")
     base, adapter = split_weights(model)
     record = AdapterRecord(
         base_name=next(iter(layers.values())).base_name,
@@ -148,7 +148,7 @@ def save_adapter(model: TransformerLM, path: str | Path, *, with_base: bool = Fa
 
 
 def load_adapted_model(path: str | Path, base: str | Path | None = None, *, force: bool = False) -> TransformerLM:
-    """The adapted model of a file, on the CPU, on the base that the file names or on another; see `attach_adapter`."""
+    """Load an adapter file with its base (None: the one that the file names), on the CPU; see `attach_adapter`."""
     model = load_base(read_base_name(path) if base is None else base)
     return attach_adapter(model, path, force=force)
 
@@ -157,15 +157,16 @@ def read_base_name(path: str | Path) -> str:
     """The hub name or directory of the base that an adapter was trained on."""
     record, _ = read_adapter_file(Path(path))
     if record.base_name is None:
-        raise UserError(f"{path}: does not say which base it belongs to: name one")
+        raise UserError(f"{path}: does not say which base it belongs to; specify one")
     return record.base_name
 
 
 def attach_adapter(model: TransformerLM, path: str | Path, *, force: bool = False) -> TransformerLM:
-    """Put a saved adapter on its base, or its weights into a model with the same adapter; after an error nothing is.
+    """Add a saved adapter to its base, or load its weights into a model that already has the same adapter.
 
-    The model, changed in place and returned, takes the segment length that the adapter was trained with, and its held
-    memory is emptied. `force` takes another base of the same shape than the adapter was trained on.
+    The model is changed in place and returned. It gets the segment length that the adapter was trained with, and its
+    held memory is emptied. `force` accepts another base of the same shape. Raises UserError if the file is broken or
+    does not fit; the model is then unchanged.
     """
     (record, tensors), where = read_adapter_file(Path(path)), str(path)
     base, present = split_weights(model)[0], find_adapters(model)
@@ -173,7 +174,7 @@ def attach_adapter(model: TransformerLM, path: str | Path, *, force: bool = Fals
     if present and {index: choose_options(layer.settings) for index, layer in present.items()} != settings:
         raise UserError(f"{where}: the model has another parallel adapter, at layers {sorted(present)}")
     try:
-        with torch.device("meta"):  # shapes alone: what the file asks for need not fit in memory
+        with torch.device("meta"):  # shapes only: a file may ask for more than fits in memory
             planned = {i: make_adapted_layer(model, i, settings[i], record.base_name, is_plan=True) for i in settings}
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise UserError(shorten(f"{where}: does not fit this base: {error}")) from None
@@ -191,7 +192,7 @@ def attach_adapter(model: TransformerLM, path: str | Path, *, force: bool = Fals
     if not record.with_base and not force and record.base_fingerprint != (own := fingerprint_tensors(base)):
         raise UserError(
             f"{where}: trained on another base ({record.base_name}, fingerprint {record.base_fingerprint[:12]}…) than "
-            f"this one ({own[:12]}…); force=True takes it all the same"
+            f"this one ({own[:12]}…); force=True loads it anyway"
         )
     if not present:
         made = {i: make_adapted_layer(model, i, settings[i], record.base_name) for i in sorted(settings)}
@@ -202,34 +203,34 @@ def attach_adapter(model: TransformerLM, path: str | Path, *, force: bool = Fals
     return model
 
 
-# Memories beside layers
+# Adding memory branches to layers
 
 
 BASE = ".base_layer."
-"""What stands in the name of a base layer's weight, where the base has a dot."""
+"""Part of a base layer's weight names, in place of a dot in the base's own names."""
 
 
 def choose_options(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a layer's memory among other settings."""
+    """Select the fields of `ParallelInfiniOptions` from a layer's settings."""
     return {name: settings[name] for name in ParallelInfiniOptions.__dataclass_fields__}
 
 
 def add_parallel_infini(model: TransformerLM, config: AdapterConfig, *, base_name: str | None = None) -> TransformerLM:
-    """Put a new memory beside some Pythia layers of a model, in place; what the model holds in memory is emptied.
+    """Add a new memory branch to some Pythia layers of a model, in place; the held memory is emptied.
 
-    `base_name` is the base's name or directory, for the record.
+    `base_name`, the base's hub name or directory, is only recorded.
 
     Raises:
-        ValueError: a layer that the model lacks or that is no Pythia layer, options that do not fit its width, or a
-            model that has an adapter.
+        ValueError: a layer does not exist or is not a Pythia layer, options do not fit its width, or the model already
+            has an adapter.
     """
     if present := find_adapters(model):
-        raise UserError(f"the model has a parallel adapter already, at layers {sorted(present)}")
+        raise UserError(f"the model already has a parallel adapter, at layers {sorted(present)}")
     options = choose_options(vars(config))
     made = {index: make_adapted_layer(model, index, options, base_name) for index in sorted(config.layers)}
     for layer in made.values():
         initialize_weights(layer.attention, PythiaConfig.initializer_range)
-        if config.init == "base":  # its queries and keys find one another, and the output projection reads such values
+        if config.init == "base":  # queries then match keys from the start, and the output projection fits the values
             copy_weights(layer.base_layer, layer)
         if config.zero_init_dense:
             nn.init.zeros_(layer.attention.dense.weight)
@@ -243,12 +244,12 @@ def add_parallel_infini(model: TransformerLM, config: AdapterConfig, *, base_nam
 
 
 def find_adapters(model: TransformerLM) -> dict[int, ParallelInfiniLayer]:
-    """The adapted layers by their index."""
+    """The adapted layers, by index."""
     return {index: layer for index, layer in enumerate(model.layers) if isinstance(layer, ParallelInfiniLayer)}
 
 
 def split_weights(model: TransformerLM) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The base's weights under the names they have in the base, and the adapter's."""
+    """The base's weights, under their names in the base, and the adapter's weights."""
     prefixes = tuple(f"layers.{index}." for index in find_adapters(model))
     weights = model.state_dict()
     adapter = {name: value for name, value in weights.items() if name.startswith(prefixes) and BASE not in name}
@@ -258,11 +259,13 @@ def split_weights(model: TransformerLM) -> tuple[dict[str, Tensor], dict[str, Te
 def make_adapted_layer(
     model: TransformerLM, index: int, options: dict[str, Any], base_name: str | None, *, is_plan: bool = False
 ) -> ParallelInfiniLayer:
-    """The layer that takes a Pythia layer's place and holds it; a plan of it, for its shapes, holds none.
+    """The layer that replaces a Pythia layer and contains it.
+
+    With `is_plan`, only the new layer's shapes matter, and its base layer is not the model's.
 
     Raises:
-        UserError: the model has no such layer, or it is no Pythia layer.
-        ValueError: options that do not fit the model's width.
+        UserError: the model has no such layer, or it is not a Pythia layer.
+        ValueError: options do not fit the model's width.
     """
     if not 0 <= index < len(model.layers):
         raise UserError(f"adapter.layers: {index}: the base has layers 0 to {len(model.layers) - 1}")
@@ -270,7 +273,7 @@ def make_adapted_layer(
     if isinstance(base, ParallelInfiniLayer):
         base = base.base_layer
     if not isinstance(base, PythiaLayer):
-        raise UserError(f"adapter.layers: layer {index} is {base.kind}; a memory can stand beside a pythia layer")
+        raise UserError(f"adapter.layers: layer {index} is {base.kind}; only a pythia layer can get a memory branch")
     layer = ParallelInfiniLayer(**base.settings, **options, base_name=base_name)
     if not is_plan:
         like = base.input_layernorm.weight
@@ -281,7 +284,7 @@ def make_adapted_layer(
 
 
 def replace_layers(model: TransformerLM, layers: dict[int, ParallelInfiniLayer]) -> None:
-    """Put layers in the places of a model's; what it holds in memory is emptied."""
+    """Replace layers of a model; its held memory is emptied."""
     for index, layer in layers.items():
         model.layers[index] = layer
     model.reset_memory()
@@ -300,26 +303,23 @@ class AdapterRecord:
     """An adapter file's metadata."""
 
     base_name: ShortText | None
-    """Hub name or directory of the base; None: it is not known."""
+    """Hub name or directory of the base; None: unknown."""
     base_fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    """Sha256 of the base's weights."""
+    """SHA-256 of the base's weights."""
     with_base: bool
-    """Whether the file holds the base's weights too."""
+    """Whether the file also contains the base's weights."""
     segment_length: Size
-    """Tokens in a segment of the model that was saved."""
+    """Number of tokens in a segment of the saved model."""
     layers: Annotated[dict[Annotated[int, Field(ge=0)], ParallelInfiniOptions], Field(min_length=1)]
-    """The settings of each layer's memory, by the layer's index."""
+    """The settings of each memory branch, by layer index."""
     program_version: ShortText = __version__
-    """The program that wrote the file."""
+    """Version of the program that wrote the file."""
     created: ShortText = ""
-    """When, UTC, ISO 8601."""
+    """Time of writing, UTC, ISO 8601."""
 
 
 def read_adapter_file(path: Path) -> tuple[AdapterRecord, dict[str, Tensor]]:
-    """An adapter file's metadata, and its tensors by their names in the model's state dict; needs no model.
-
-    A broken file, or one of another version, is a `UserError`.
-    """
+    """An adapter file's metadata, and its tensors by their names in the state dict. Raises UserError if broken."""
     where = str(path)
     check_adapter_suffix(path, "the adapter's file")
     metadata: Any

@@ -1,4 +1,4 @@
-"""The layers that a model is composed of."""
+"""The layers that models are made of."""
 
 from new_llm.models.layers.base import (
     LAYER_KINDS,

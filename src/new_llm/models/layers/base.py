@@ -1,10 +1,10 @@
-"""The interface of layers: a layer maps hidden states and memory to new hidden states and memory, and keeps nothing.
+"""The layer interface: a layer maps hidden states and memory to new hidden states and new memory, and holds no state.
 
 A layer only has to define `forward` over whole segments; it can then be trained, streamed, used for generation and
-saved. `step` and `end_segments` are an optional fast path for streams with the same result. Its registration, by one
-decorator, gives it a name, from which everything else is derived.
+saved. `step` and `end_segments` are an optional, faster path for streaming, with the same result. The decorator
+`register_layer` gives the layer its name, which makes it available to `create_model`, the flags and the model files.
 
-Legend: B rows, n segments of a call, S tokens of a segment, T tokens of a step, D hidden size, Z vocabulary.
+Legend: B rows, n segments per call, S tokens per segment, T tokens per step, D hidden size, Z vocabulary.
 """
 
 import dataclasses
@@ -28,22 +28,22 @@ from new_llm.models.state import LayerMemory, MemoryFacts, choose_rows
 
 @dataclass(frozen=True)
 class ReadTokens:
-    """The tokens of a call, [B, n, S] or [B, T], and the head's weight, [Z, D], for layers that read them."""
+    """A call's token ids, [B, n, S] or [B, T], and the head's weight, [Z, D], for layers that need them."""
 
     input_ids: Tensor
     head_weight: Tensor
 
     def score(self, hidden: Tensor, is_scored: Tensor) -> Tensor:
-        """The mean of −log softmax(W LN(h_t))[x_{t+1}]: how well some vectors alone predict the next token.
+        """Mean loss of predicting the next token from `hidden` alone: −log softmax(W LN(h_t))[x_{t+1}].
 
         LN is a LayerNorm without weights, W the head.
 
         Args:
             hidden: h, [B, n, S, D].
-            is_scored: which tokens count, [B, n, S]; the call's last one has no next token.
+            is_scored: which tokens count, [B, n, S]; the call's last token, which has no next one, never does.
 
         Returns:
-            One number, nats; 0 where no token counts.
+            A scalar, in nats; 0 if no token counts.
         """
         targets = F.pad(self.input_ids.flatten(1)[:, 1:], (0, 1), value=IGNORE_INDEX)
         targets = targets.masked_fill(~is_scored.flatten(1), IGNORE_INDEX).flatten()
@@ -54,13 +54,13 @@ class ReadTokens:
 
 @dataclass(frozen=True)
 class Segments:
-    """What a layer needs to know about a call's tokens beside their hidden states.
+    """What a layer needs to know about a call's tokens besides their hidden states.
 
     Attributes:
-        valid: real tokens, [B, n, S] bool, on the left of each segment; None: all are real. Segments before a row's
-            last token are full.
-        write_last: whether to write the last segment too; if False, the returned memory lacks it.
-        tokens: for layers that read them; None for others.
+        valid: padding mask, [B, n, S] bool, True at real tokens; None: no padding. Padding is on the right, so only the
+            segment with a row's last token can be partly filled.
+        write_last: whether to write the last segment to memory too.
+        tokens: for layers that read token ids (see `Layer.reads_tokens`); None for others.
     """
 
     valid: Tensor | None = None
@@ -68,7 +68,7 @@ class Segments:
     tokens: ReadTokens | None = None
 
     def count_tokens(self, batch: int, num_segments: int, length: int, device: torch.device) -> Tensor:
-        """Real tokens of each of the first segments, which are `length` long, [batch, num_segments]."""
+        """Number of real tokens in each of the first `num_segments` segments, [batch, num_segments], int64."""
         if self.valid is None:
             return torch.full((batch, num_segments), length, device=device)
         return self.valid[:, :num_segments].sum(-1)
@@ -85,17 +85,18 @@ class Segments:
 
 @dataclass(frozen=True)
 class Step:
-    """What a layer needs to know about tokens that continue open segments.
+    """What a layer needs to know about new tokens that continue open segments.
 
     Attributes:
-        offsets: tokens that each row's segment already holds, [B], int64.
-        positions: positions of the new tokens inside their segments, [B, T], int64.
-        valid: real tokens, [B, T] bool, on the left; None: all are real.
-        longest: tokens in the longest row's segment after this step, or more: how far `step` looks.
-        segment_length: tokens of a whole segment.
-        start: the offset that all rows share, where no token is masked; None: rows differ.
-        tokens: for layers before the head; None for others.
-        shared: values that equal layers compute once per step, such as rotary angles.
+        offsets: number of tokens already in each row's segment, [B], int64.
+        positions: positions of the new tokens within their segments, [B, T], int64.
+        valid: padding mask, [B, T] bool, True at real tokens, which come first; None: no padding.
+        longest: number of positions that `step` attends to: at least the length of the longest open segment after this
+            step.
+        segment_length: length of a full segment.
+        start: the offset common to all rows if no token is masked; None: rows differ.
+        tokens: for layers that stand before the head; None for others.
+        shared: a cache through which layers share what is the same for all of them in this step, e.g. rotary angles.
     """
 
     offsets: Tensor
@@ -108,18 +109,18 @@ class Step:
     shared: dict[Any, Any] = field(default_factory=dict)
 
     def count_tokens(self) -> Tensor:
-        """Real tokens of each row, [B]."""
+        """Number of new real tokens in each row, [B]."""
         return torch.full_like(self.offsets, self.positions.shape[1]) if self.valid is None else self.valid.sum(-1)
 
 
 @dataclass(frozen=True)
 class OpenInputs:
-    """The inputs of the open segments, which a layer without a fast path runs again at each step.
+    """The inputs of the open segments, which a layer without a `step` of its own recomputes at each step.
 
     Attributes:
         hidden: [B, S, D], zero after a row's last token.
-        counts: tokens of each row, [B].
-        tokens: ids [B, S], likewise, and the head; None where the layer does not read them.
+        counts: number of tokens in each row, [B].
+        tokens: token ids [B, S], zero after a row's last token, and the head; None if the layer does not read them.
     """
 
     hidden: Tensor
@@ -127,23 +128,24 @@ class OpenInputs:
     tokens: ReadTokens | None = None
 
     def describe(self, longest: int, counts: Tensor, *, write_last: bool) -> Segments:
-        """The open segments as segments of a call, with `counts` tokens in each row."""
+        """The first `longest` positions as the one segment of a call, with `counts` [B] real tokens per row."""
         tokens = self.tokens and replace(self.tokens, input_ids=self.tokens.input_ids[:, None, :longest])
         return Segments(mark_valid(counts, longest).unsqueeze(1), write_last, tokens)
 
 
 def _leave_out_loss(self: nn.Module) -> dict[str, Any]:
-    """What a copy of a layer, or a pickled one, takes: not the auxiliary loss, which belongs to a call's graph."""
+    """The attributes to copy or pickle: all but the auxiliary loss, which belongs to a call's graph."""
     return {name: value for name, value in vars(self).items() if name != "auxiliary_loss"}
 
 
 class Layer(nn.Module, ABC):
-    """The interface of a layer; `Block` is a base around an attention. Register a kind with `register_layer`.
+    """Base class of all layers; most derive from `Block`. Register a subclass with `register_layer`.
 
     A layer with memory sets `has_memory` and defines `empty_memory`; its memory is a frozen dataclass of tensors
     derived from `LayerMemory`.
     """
 
+    # set by `register_layer`
     kind: ClassVar[str]
     """The layer's name in configurations, reports and files."""
     options_type: ClassVar[type]
@@ -151,91 +153,92 @@ class Layer(nn.Module, ABC):
     is_model_type: ClassVar[bool]
     """Whether the name is a model type of `create_model`."""
     settings: dict[str, Any]
-    """The constructor's arguments, from which a saved model is rebuilt; like the three above of `register_layer`."""
+    """The constructor's arguments, from which a saved model is rebuilt."""
+
     has_memory: bool = False
     """Whether the layer carries a memory from segment to segment."""
     passes_gradients: bool = True
     """Whether gradients flow through the memory into the segments that wrote it."""
     fills_model: ClassVar[bool] = False
-    """Whether the models of its type are made of such layers alone."""
+    """Whether every layer of a model of this type is of this kind."""
     can_step_in_place: bool = False
-    """Whether `step`, given a `Step` without `start` and `valid`, does the same operations for every token and reads
-    nothing back from the device, so that a CUDA graph can replay it."""
+    """Whether a CUDA graph can replay `step`: given a `Step` without `start` and `valid`, it must perform the same
+    operations for every token and never synchronise with the device."""
     stands_before_head: ClassVar[bool] = False
-    """Whether the layer stands between the final LayerNorm and the head; such layers come last."""
+    """Whether the layer stands between the final LayerNorm and the head; such layers come last in a model."""
     hidden_size: int
     auxiliary_loss: Tensor | None = None
-    """A scalar loss that `forward` may set in training; the model adds it to the loss of each token."""
+    """A scalar that `forward` may set in training; the model adds it to its mean loss per token."""
     __getstate__ = _leave_out_loss
 
     @abstractmethod
     def forward(
         self, hidden: Tensor, memory: Any = None, segments: Segments | None = None
     ) -> tuple[Tensor, LayerMemory | None]:
-        """Read whole segments; memory is the only path from one to the next.
+        """Process whole segments; information passes from one to the next only through the memory.
 
         Args:
             hidden: [B, n, S, D].
-            memory: each row's memory before the first segment (rows B); None: empty, or the layer has none.
-            segments: which tokens are real; None: all, and all segments are written.
+            memory: each row's memory before the first segment (B rows); None: empty, or the layer has no memory.
+            segments: the padding mask and what else is known of the tokens; None: no padding, all segments are written.
 
         Returns:
-            The new hidden states, in hidden's shape, and the memory after the last segment.
+            The new hidden states, [B, n, S, D], and the memory after the last segment written.
         """
 
     # Memory
 
     def empty_memory(self, rows: int, like: Tensor) -> LayerMemory:
-        """Empty memories for `rows` rows, on the device of `like` and in its dtype, float32 at least."""
+        """An empty memory for `rows` rows, on the device of `like` and in its dtype, but at least float32."""
         raise NotImplementedError(f"{type(self).__name__} has_memory, but does not define empty_memory")
 
     def plan_memory(self, dtype: torch.dtype) -> LayerMemory:
-        """The shapes and dtypes of one memory of a layer in this precision, on the meta device."""
+        """One row's memory on the meta device, which shows its shapes and dtypes, for a layer in this precision."""
         with torch.device("meta"):
             return self.empty_memory(1, torch.empty(0, dtype=dtype))
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of one memory in the layer's precision, float32 at least."""
+        """Bytes of one row's memory, in the layer's precision but at least float32."""
         dtype = next((parameter.dtype for parameter in self.parameters()), torch.float32)
         return self.plan_memory(dtype).num_bytes if self.has_memory else 0
 
     @property
     def memory_facts(self) -> MemoryFacts:
-        """What the layer's memory dictionary holds beside its tensors."""
+        """What the dictionary of the layer's memory holds besides tensors."""
         return MemoryFacts(layer_kind=self.kind)
 
     # Training
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether `Segments.tokens` is wanted now."""
+        """Whether the layer, in its current mode, needs `Segments.tokens`."""
         return self.stands_before_head
 
     def gate_parameters(self) -> list[nn.Parameter]:
-        """Parameters trained at the gates' learning rate, without weight decay."""
+        """Parameters trained with the gates' learning rate and without weight decay."""
         return []
 
     def undecayed_parameters(self) -> list[nn.Parameter]:
-        """Matrices trained at the model's learning rate, but without weight decay."""
+        """Weight matrices trained with the model's learning rate, but without weight decay."""
         return []
 
     def gate_values(self) -> list[float]:
-        """The share of memory in each head's output; empty where there are no gates."""
+        """The share of each head's output that comes from memory; empty if the layer has no gates."""
         return []
 
     # Streams
 
     def step(self, hidden: Tensor, opened: Any, memory: Any, step: Step) -> tuple[Tensor, Any]:
-        """Read more tokens of open segments, with the same result as `forward` over the whole segment.
+        """Process further tokens of open segments, with the same result as `forward` over the whole segment.
 
-        This default runs the open segment again from its stored inputs; layers with a faster way override it.
+        The default recomputes the open segment from its stored inputs; layers with a faster method override it.
 
         Args:
-            hidden: [B, T, D].
-            opened: the layer's state of the open segments; None: they are empty. The call may change it in place.
-            memory: each row's memory before the open segment.
-            step: the positions of the tokens.
+            hidden: the new tokens, [B, T, D].
+            opened: the layer's state of the open segments, which may be changed in place; None: they are empty.
+            memory: each row's memory before the open segment; None: empty, or the layer has no memory.
+            step: where the new tokens go.
 
         Returns:
             The new hidden states [B, T, D] and the new state of the open segments.
@@ -262,11 +265,11 @@ class Layer(nn.Module, ABC):
         return whole[:, 0].gather(1, places), opened
 
     def end_segments(self, opened: Any, memory: Any, ended: Tensor) -> tuple[Any, Any]:
-        """Write and clear the open segments of some rows.
+        """Write the segments that end here to memory, and clear them.
 
         Args:
-            opened: what `step` returned; not None.
-            memory: each row's memory before the open segment.
+            opened: the state that `step` returned; never None.
+            memory: each row's memory before the open segment; None: empty, or the layer has no memory.
             ended: rows whose segment ends here, [B] bool.
 
         Returns:
@@ -287,16 +290,16 @@ class Layer(nn.Module, ABC):
 class Attention(nn.Module, ABC):
     """The part of a layer that mixes tokens.
 
-    With memory it also defines `empty_memory`, and for fast streams `step` and `end_segments`, as a `Layer` does. Its
-    `initialize_features`, if any, adjusts freshly drawn weights.
+    With memory it also defines `empty_memory`, and for faster streams `step` and `end_segments`, as a `Layer` does. If
+    it defines `initialize_features`, `initialize_weights` calls that after drawing the weights.
     """
 
     auxiliary_loss: Tensor | None = None
-    """As `Layer.auxiliary_loss`."""
+    """See `Layer.auxiliary_loss`."""
     __getstate__ = _leave_out_loss
     has_step: ClassVar[bool] = False
-    """Whether there are `step` and `end_segments`, as in a class that defines `step`; without them the layer runs open
-    segments again."""
+    """Whether `step` and `end_segments` exist: True in a class that defines `step` and in its subclasses, unless they
+    set it. If False, the layer recomputes open segments at each step."""
     step: Any
     end_segments: Any
 
@@ -306,59 +309,59 @@ class Attention(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, hidden: Tensor, memory: Any, segments: Segments) -> tuple[Tensor, LayerMemory | None]:
-        """Whole segments, [B, n, S, D], in one pass; see `Layer.forward`."""
+        """Mix the tokens of whole segments, [B, n, S, D]; see `Layer.forward`."""
 
     def gate_parameters(self) -> list[nn.Parameter]:
-        """As `Layer.gate_parameters`."""
+        """See `Layer.gate_parameters`."""
         return []
 
     def undecayed_parameters(self) -> list[nn.Parameter]:
-        """As `Layer.undecayed_parameters`."""
+        """See `Layer.undecayed_parameters`."""
         return []
 
 
 class AttentionLayer(Layer):
-    """x + Attention(x); subclasses change what the attention reads and what is added."""
+    """x + Attention(x); subclasses override `enter` (the attention's input) and `add` (the layer's output)."""
 
     attention: Any
 
     def enter(self, hidden: Tensor) -> Tensor:
-        """What the attention reads."""
+        """The attention's input, from the layer's input."""
         return hidden
 
     def add(self, hidden: Tensor, mixed: Tensor) -> Tensor:
-        """The layer's output from its input and the attention's output."""
+        """The layer's output, from its input and the attention's output."""
         return hidden + mixed
 
     def forward(
         self, hidden: Tensor, memory: Any = None, segments: Segments | None = None
     ) -> tuple[Tensor, LayerMemory | None]:
-        """As `Layer.forward`."""
+        """See `Layer.forward`."""
         mixed, memory = self.attention(self.enter(hidden), memory, segments or Segments())
         return self.add(hidden, mixed), memory
 
     def step(self, hidden: Tensor, opened: Any, memory: Any, step: Step) -> tuple[Tensor, Any]:
-        """As `Layer.step`."""
+        """See `Layer.step`."""
         if not self.attention.has_step:
             return super().step(hidden, opened, memory, step)
         mixed, opened = self.attention.step(self.enter(hidden), opened, memory, step)
         return self.add(hidden, mixed), opened
 
     def end_segments(self, opened: Any, memory: Any, ended: Tensor) -> tuple[Any, Any]:
-        """As `Layer.end_segments`."""
+        """See `Layer.end_segments`."""
         closer = self.attention if self.attention.has_step else super()
         return closer.end_segments(opened, memory, ended)
 
     def empty_memory(self, rows: int, like: Tensor) -> LayerMemory:
-        """As `Layer.empty_memory`."""
+        """See `Layer.empty_memory`."""
         return self.attention.empty_memory(rows, like)
 
     def gate_parameters(self) -> list[nn.Parameter]:
-        """Those of the attention."""
+        """See `Layer.gate_parameters`."""
         return self.attention.gate_parameters()
 
     def undecayed_parameters(self) -> list[nn.Parameter]:
-        """Those of the attention."""
+        """See `Layer.undecayed_parameters`."""
         return self.attention.undecayed_parameters()
 
 
@@ -380,16 +383,16 @@ class Block(AttentionLayer):
 
     Args:
         hidden_size: D.
-        num_heads: heads of softmax attention.
+        num_heads: number of attention heads.
         intermediate_size: width of the MLP.
-        rotary_pct: share of each head that is rotated.
+        rotary_pct: fraction of each head's dimensions that get rotary positions.
         rotary_emb_base: base of the rotary wavelengths.
         layer_norm_eps: ε of both LayerNorms.
-        options: fields of the kind's options.
+        options: fields of the layer's `options_type`.
 
     Raises:
-        ValueError: heads that do not divide the hidden size, an odd number of dimensions to rotate, or an option out of
-            range.
+        ValueError: the heads do not divide the hidden size, the number of rotated dimensions is odd, or an option is
+            out of range.
     """
 
     def __init__(
@@ -416,7 +419,7 @@ class Block(AttentionLayer):
     def make_attention(
         self, options: Any, hidden_size: int, num_heads: int, rotary_pct: float, rotary_emb_base: float, /
     ) -> Attention:
-        """The attention of a layer with these options."""
+        """Build the attention for these options."""
 
     def enter(self, hidden: Tensor) -> Tensor:
         """LN1 x."""
@@ -428,7 +431,7 @@ class Block(AttentionLayer):
 
 
 def check_divides(what: str, number: int, hidden_size: int) -> int:
-    """The width of a head; a ValueError unless the number of heads is positive and divides the hidden size."""
+    """Width of a head: hidden_size / number. Raises ValueError unless that is a positive integer."""
     if number <= 0 or hidden_size % number:
         raise ValueError(f"{what}: {number} does not divide hidden_size {hidden_size}")
     return hidden_size // number
@@ -437,34 +440,34 @@ def check_divides(what: str, number: int, hidden_size: int) -> int:
 VAR_KEYWORD = inspect.Parameter.VAR_KEYWORD
 LayerType = TypeVar("LayerType", bound=type[Layer])
 LAYER_KINDS: dict[str, type[Layer]] = {}
-"""The layer classes by the name they are registered with."""
+"""Layer classes by registered name."""
 
 
 @section
 class NoOptions:
-    """The options of a layer that has none."""
+    """For layers without options."""
 
 
 def register_layer(
     name: str, *, options: type = NoOptions, model_type: bool = True
 ) -> Callable[[LayerType], LayerType]:
-    """Class decorator: the name becomes a model type, its options become flags, and models with the layer are saved.
+    """Class decorator: makes the name a model type and the options flags, and lets models with the layer be saved.
 
     Args:
-        name: the layer's kind, as `create_model` and `--models` take it.
-        options: a dataclass of the keywords that the constructor takes beside the model's shape (see `build_layer`),
-            with their defaults; plain values, since they are written to model files.
-        model_type: whether a model of Pythia layers with some of this kind is a model type of its own.
+        name: the layer's kind, as in `create_model` and `--models`.
+        options: a dataclass of the keywords that the constructor takes besides the model's shape (see `build_layer`),
+            with their defaults. Only plain values, since they are written to model files.
+        model_type: whether the name is also a model type.
 
     Raises:
-        ValueError: another class has this name.
+        ValueError: another class is already registered under this name.
     """
 
     def register(layer_type: LayerType) -> LayerType:
         taken = LAYER_KINDS.setdefault(name, layer_type)
         if (taken.__module__, taken.__qualname__) != (layer_type.__module__, layer_type.__qualname__):
-            raise ValueError(f"layer kind {name!r} is taken by {taken.__name__}")
-        LAYER_KINDS[name] = layer_type  # a notebook's cell may define its layer again
+            raise ValueError(f"layer kind {name!r} is already registered by {taken.__name__}")
+        LAYER_KINDS[name] = layer_type  # a notebook cell that is run again redefines its layer
         layer_type.kind, layer_type.options_type, layer_type.is_model_type = name, options, model_type
         initialize: Any = layer_type.__init__
         signature = inspect.signature(initialize)
@@ -488,9 +491,13 @@ def register_layer(
 
 
 def build_layer(layer_type: type[Layer], shape: PythiaConfig, **options: Any) -> Layer:
-    """A layer of a model's shape: its constructor is given the fields that it names, which `options` override.
+    """Build a layer that fits a model's shape.
 
-    It may name hidden_size, num_heads, intermediate_size, layer_norm_eps, rotary_pct and rotary_emb_base.
+    Of hidden_size, num_heads, intermediate_size, layer_norm_eps, rotary_pct and rotary_emb_base, the constructor gets
+    those that it has as parameters. `options` are passed as well and take precedence.
+
+    Raises:
+        UserError: a required parameter of the constructor is neither of these nor an option.
     """
     fields = {
         "hidden_size": shape.hidden_size,
@@ -508,27 +515,27 @@ def build_layer(layer_type: type[Layer], shape: PythiaConfig, **options: Any) ->
     ]
     if unknown := sorted(set(required) - set(fields) - set(options)):
         raise UserError(
-            f"{layer_type.__name__}: its constructor needs {', '.join(unknown)}: neither an option nor one of "
+            f"{layer_type.__name__}: its constructor needs {', '.join(unknown)}, which is neither an option nor one of "
             f"{', '.join(fields)}"
         )
     return layer_type(**({name: value for name, value in fields.items() if name in named} | options))
 
 
 def initialize_weights(model: nn.Module, initializer_range: float) -> None:
-    """Draw the weights of a model, in the order of its modules, from torch's global generator.
+    """Draw a model's initial weights, in module order, from torch's global generator.
 
-    With the same seed, models that differ only in parameters that are not drawn (gates) get the same weights.
+    Models that differ only in parameters that are not random, such as gates, get the same weights from the same seed.
 
     | parameter | initial value |
     |---|---|
-    | weights of linear layers, embedding, head | normal(0, initializer_range), as GPT-NeoX |
+    | weights of linear layers, embedding, head | normal(0, initializer_range), as in GPT-NeoX |
     | biases | 0 |
     | LayerNorm, RMSNorm | weight 1, bias 0 |
-    | memory gate β | gate_init (set by the layer) |
-    | W_q, W_k of a memory layer | as drawn, times query_key_init_scale; with match_query_key_init W_k = W_q |
-    | its biases of q and k | query_key_init_bias |
-    | bank weights | 0: all banks weigh the same (set by the layer) |
-    | a convolution of s tokens | uniform(−1/√s, 1/√s) |
+    | memory gate β | gate_init (set in the layer's constructor) |
+    | W_q, W_k of a memory layer | drawn, then times query_key_init_scale; with match_query_key_init W_k = W_q |
+    | q and k biases of a memory layer | query_key_init_bias |
+    | bank weights | 0: all banks have equal weight (set in the layer's constructor) |
+    | convolution over s tokens | uniform(−1/√s, 1/√s) |
     | decay of Gated DeltaNet | exp(A) uniform in 1 … 16, softplus(b) log-uniform in 0.001 … 0.1 |
     """
     for module in model.modules():

@@ -1,6 +1,6 @@
-"""What compressive layers share: local linear attention, a gate, and the recurrence over segments.
+"""The common part of compressive layers: local attention, the gate, and the recurrence over segments.
 
-Legend: B rows, n segments, S tokens of a segment, H memory heads, K = V = D / H, N memories or banks.
+Legend: B rows, n segments, S tokens per segment, H memory heads, K = V = D / H, N memories or banks.
 """
 
 from collections.abc import Sequence
@@ -42,9 +42,9 @@ from new_llm.models.ops import (
 from new_llm.models.state import LayerMemory, MemoryState, find_written_memory
 
 EPSILON = 1e-6
-"""ε: the smallest divisor of a read."""
+"""ε: lower bound on the divisor of a read."""
 CHUNK_LENGTH = 1024
-"""Tokens up to which local attention is one masked product; longer segments run in chunks of this length."""
+"""Longest segment, in tokens, that local attention computes as one masked product; longer ones run in such chunks."""
 
 
 @section
@@ -56,48 +56,47 @@ class MemoryOptions:
     use_key_shift: bool = False
     """Store each value under the key of the previous token, so that a query finds what followed similar tokens."""
     key_features: Literal["elu", "unit", "softmax"] = "elu"
-    """Features of queries and keys: "elu", ELU + 1; "unit", signed and of length 1; "softmax", a softmax over K."""
+    """Feature map of queries and keys: "elu", ELU + 1; "unit", signed and of length 1; "softmax", a softmax over K."""
     use_normalizer: bool = True
-    """Divide reads by σ(q) z, with z the sum of the keys. False: reads are σ(q) M, and use_delta_rule applies token by
-    token."""
+    """Divide reads by σ(q) z, where z is the sum of the keys' features. False: reads are σ(q) M, and use_delta_rule
+    applies token by token."""
     use_token_strength: bool = False
-    """Write each token with a strength β = sigmoid(W x) of that token and head."""
+    """Write each token with a learned strength β = sigmoid(W x) per token and head."""
     use_token_decay: bool = False
-    """Let the memory decay at each token by a factor α per token and head."""
+    """Decay the memory at each token, by a learned factor α per token and head."""
     use_token_gate: bool = False
-    """Let the gate towards memory depend on the token: sigmoid(β + W x) per head."""
+    """Make the gate between memory and local attention depend on the token: sigmoid(β + W x) per head."""
     convolution_size: Annotated[int, Field(ge=0, le=MAX_SIZE)] = 0
-    """Width in tokens of a causal convolution of q, k and v; 0: no convolution."""
+    """Width in tokens of a causal convolution over q, k and v; 0: no convolution."""
     local_attention: Literal["linear", "softmax"] = "linear"
-    """Attention inside the segment; softmax, with rotary positions, is the paper's form (arXiv:2404.07143)."""
+    """Attention within the segment; softmax, with rotary positions, is the paper's form (arXiv:2404.07143)."""
     normalize_keys: bool = False
-    """Divide each key's features by their sum (arXiv:2102.11174, section 4.2), so that all tokens have the same
-    weight."""
+    """Divide each key's features by their sum, so that all tokens have equal weight (arXiv:2102.11174, section 4.2)."""
     read_loss_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of an auxiliary loss: what the memory returns should predict the next token by itself, through the output
+    """Weight of an auxiliary loss that makes the memory's output alone predict the next token, through the output
     projection and the head."""
     num_memory_heads: Annotated[int | None, Field(gt=0, le=MAX_SIZE)] = None
     """Number of memory heads H, a divisor of the hidden size; None: as many as softmax attention heads."""
     gate_init: float = 0.0
-    """Initial β; the gate towards memory is sigmoid(β) per head."""
+    """Initial β of the gates: sigmoid(β) is the share of memory in each head's output."""
     query_key_init_scale: Annotated[float, Field(gt=0)] = 1.0
     """Initial scale of the memory layers' W_q and W_k relative to other weights."""
     query_key_init_bias: float = 0.0
-    """Initial bias of q and k. With negative values only few features of a token are large, so that tokens overlap
+    """Initial bias of q and k. With negative values each token has only a few large features, so tokens overlap
     less."""
     match_query_key_init: bool = False
-    """Start W_k equal to W_q, so that similar tokens match from the start."""
+    """Initialise W_k equal to W_q, so that similar tokens match from the start."""
 
     def __post_init__(self) -> None:
         if self.key_features == "unit" and (self.use_normalizer or self.normalize_keys):
             raise UserError(
-                "key_features: unit keys are signed, so that no sum of them can divide a read; "
-                "set use_normalizer to false, and not normalize_keys"
+                "key_features: unit keys are signed, so reads can't be divided by their sum; "
+                "set use_normalizer and normalize_keys to false"
             )
         can_grow = self.key_features == "elu" and not self.normalize_keys
         if self.use_delta_rule and not self.use_normalizer and can_grow:
             raise UserError(
-                "use_normalizer: without it the delta rule diverges on keys longer than 1; "
+                "use_normalizer: without it, the delta rule diverges on keys longer than 1; "
                 "set key_features to unit or softmax, or use_delta_rule to false"
             )
 
@@ -107,17 +106,18 @@ class OpenSegment(LayerMemory):
     """Running sums over the tokens of an open segment, of constant size; `step` adds to them in place.
 
     Attributes:
-        products: Σ kᵀv, [B, H, K, V], which linear local attention reads.
-        keys: Σ k, [B, H, K].
-        writes: Σ kᵀ(v − r), [B, H, K, V], added to the memory at the segment's end; without the delta rule the same
-            tensor as `products`.
-        num_tokens: tokens summed, [B].
-        last_key: features of the last token's own key, [B, H, K], under which a key shift files the next token; 0 where
-            there is none.
-        norms: what is added to z, [B, H, K], where it is not `keys`.
-        log_fade: Σ log α, [B, H], by which the memory of before the segment has faded.
+        products: Σ kᵀv, [B, H, K, V], for linear local attention.
+        keys: Σ k, [B, H, K], for linear local attention.
+        writes: Σ kᵀ(v − r), [B, H, K, V], added to the memory at the segment's end; may be the same tensor as
+            `products` if r = 0.
+        num_tokens: number of tokens summed, [B].
+        last_key: features of the last token's own key, [B, H, K], under which `use_key_shift` stores the next token; 0
+            before the first token.
+        norms: the sum to add to z, [B, H, K]; None: `keys`.
+        log_fade: Σ log α, [B, H], the logarithm of how much of the memory from before the segment is left; None without
+            a token rule.
         inputs: the convolution's last inputs, [B, size − 1, 3 D].
-        cached_keys: rotated keys that softmax attends to, as in a `KeyValueCache`.
+        cached_keys: rotated keys for softmax local attention, as in a `KeyValueCache`.
         cached_values: their values.
     """
 
@@ -136,15 +136,16 @@ class OpenSegment(LayerMemory):
 class CompressiveAttention(MemoryAttention):
     """g A_mem + (1 − g) A_loc with g = sigmoid(β) per head; subclasses define how A_mem mixes the memories.
 
-    Source: Infini-attention, arXiv:2404.07143, section 2, with linear attention in place of the local softmax.
+    Source: Infini-attention, arXiv:2404.07143, section 2, by default with linear attention in place of the local
+    softmax.
 
     Args:
         hidden_size: D.
-        num_memory_heads: H, which divides D.
-        options: how the memory is written, and initial values.
+        num_memory_heads: H, a divisor of D.
+        options: how the memory is read and written, and initial values.
         num_memories: N.
-        segments_per_memory: segments written into one memory before the next.
-        decay: w of each head, H numbers; None: 1.
+        segments_per_memory: number of segments written to one memory before moving on to the next.
+        decay: w of each head, H numbers; None: no decay.
     """
 
     def __init__(
@@ -181,12 +182,12 @@ class CompressiveAttention(MemoryAttention):
         self.has_token_rule = options.use_token_strength or options.use_token_decay or not options.use_normalizer
         if self.has_token_rule and not self.takes_token_rules:
             raise UserError(
-                "use_token_strength, use_token_decay and use_normalizer=False need memories that are written in turn, "
-                "a segment each: not router top1 or hierarchy fenwick"
+                "use_token_strength, use_token_decay and use_normalizer=False need memories written in turn, one "
+                "segment each; they don't work with router top1 or hierarchy fenwick"
             )
 
     def set_positions(self, rotary_pct: float, rotary_emb_base: float) -> None:
-        """Give softmax attention inside the segment its rotary positions."""
+        """Create softmax local attention with these rotary positions, if the options ask for it."""
         if self.options.local_attention == "softmax":
             self.softmax = RotarySoftmax(self.num_memory_heads, self.head_size, rotary_pct, rotary_emb_base)
 
@@ -195,23 +196,23 @@ class CompressiveAttention(MemoryAttention):
     reads_sum: ClassVar[bool] = False
     """Whether the attention also reads the sum of its memories."""
     takes_token_rules: ClassVar[bool] = True
-    """Whether β, α and reads without z are possible."""
+    """Whether use_token_strength, use_token_decay and use_normalizer=False are supported."""
 
     def weigh(self, products: Tensor, num_tokens: Tensor) -> Tensor | None:
-        """Each memory's weight for each token of n segments, broadcastable to [B, n, H, S, N]; None: 1.
+        """Each memory's weight for each token of n segments, broadcastable to [B, n, H, S, N]; None: all are 1.
 
         Args:
-            products: q·z of each memory, [B, n, H, S, N], float32 or wider.
-            num_tokens: tokens that each memory has seen, [B, n, N].
+            products: σ(q)·z for each memory, [B, n, H, S, N], float32 or wider.
+            num_tokens: number of tokens that each memory has seen, [B, n, N].
         """
         return None
 
     def combine(self, reads: ScannedReads) -> Tensor:
-        """A_mem of n segments, [B, n, H, S, V], from the weighted reads and, with `reads_sum`, the reads of the sum."""
+        """A_mem, [..., H, S, V], from the weighted reads and, with `reads_sum`, the reads of the memories' sum."""
         return reads.reads
 
     def read(self, q: Tensor, memory: MemoryState) -> Tensor:
-        """A_mem of one segment: features of the queries [B, H, S, K] to [B, H, S, V]."""
+        """A_mem of one segment, [B, H, S, V], for the queries' features q [B, H, S, K]."""
         weights = None
         if self.num_memories > 1:
             products = multiply_norms(q, memory.norms.transpose(1, 2)).unsqueeze(1)  # [B, 1, H, S, N]
@@ -221,7 +222,7 @@ class CompressiveAttention(MemoryAttention):
 
     @torch.no_grad()
     def initialize_features(self) -> None:
-        """Scale W_q and W_k, set their biases, and copy W_q to W_k, as the options ask."""
+        """Scale W_q and W_k, set their biases, copy W_q to W_k if the options ask for it, and zero the token gate."""
         shape = (self.num_memory_heads, 3, self.head_size)
         weight = self.query_key_value.weight.unflatten(0, shape)
         weight[:, :2] *= self.options.query_key_init_scale
@@ -233,20 +234,20 @@ class CompressiveAttention(MemoryAttention):
 
     @property
     def is_plain(self) -> bool:
-        """Whether there is one memory, and every option but `use_delta_rule` and the decay is at its default."""
+        """Whether there is one memory, and only `use_delta_rule` and the decay differ from the default computation."""
         extras = (self.convolution, self.token_gate, self.softmax)
         is_usual = self.shares_features and not self.options.normalize_keys and not self.options.use_key_shift
         return self.num_memories == 1 and is_usual and not self.has_token_rule and extras == (None, None, None)
 
     def undecayed_parameters(self) -> list[nn.Parameter]:
-        """The weights of β, α and the gates of tokens."""
+        """The parameters that compute β, α and the token-dependent gates."""
         parts = (self.strength, self.token_decay, self.token_gate)
         return [parameter for part in parts if part is not None for parameter in part.parameters()]
 
     def forward(
         self, hidden: Tensor, memory: MemoryState | None, segments: Segments
     ) -> tuple[Tensor, MemoryState | None]:
-        """Local attention of all segments at once, then the recurrence of the memory over the segments."""
+        """See `Layer.forward`: local attention in all segments at once, then the memory's recurrence over segments."""
         inputs = self.query_key_value(hidden)
         if self.convolution is not None:
             flat = inputs.flatten(0, 1)
@@ -263,7 +264,7 @@ class CompressiveAttention(MemoryAttention):
             else:
                 features = (q, k) if self.shares_features else (feature_map(raw_q), feature_map(raw_k))
                 local = local_linear_attention(*features, v, epsilon=EPSILON, chunk_length=CHUNK_LENGTH)
-            if segments.valid is not None:  # masked keys are zero and add nothing to M and z
+            if segments.valid is not None:  # zero keys add nothing to M and z
                 k = k * segments.valid[:, :, None, :, None]
             from_memory, memory = self._scan(q, k, v, memory, segments, rule)
             mixed = self._gate(from_memory, local, hidden)
@@ -271,30 +272,30 @@ class CompressiveAttention(MemoryAttention):
         return self.dense(mixed.transpose(-2, -3).reshape(hidden.shape)), memory
 
     def _compute_loss(self, from_memory: Tensor, segments: Segments) -> Tensor | None:
-        """In training, with `read_loss_weight`: how well what memory returned predicts the next token alone."""
+        """The loss of `read_loss_weight`: predicting the next token from memory alone. None outside training."""
         if not self.training or not self.read_loss_weight or segments.tokens is None:
             return None
         has_read = (from_memory.detach() != 0).any(-1).any(-2)  # [B, n, S]
-        if segments.valid is not None:  # the next token must be real
+        if segments.valid is not None:  # the next token, the target, must be real
             has_read = has_read & F.pad(segments.valid.flatten(1)[:, 1:], (0, 1)).view_as(has_read)
         read = self.dense(from_memory.transpose(-2, -3).flatten(-2))
         return self.read_loss_weight * segments.tokens.score(read, has_read)
 
     def _split(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v of [..., S, 3 D], [..., H, S, K] each."""
+        """Split [..., S, 3 D] into q, k and v, [..., H, S, K] each."""
         mixed = inputs.unflatten(-1, (self.num_memory_heads, 3 * self.head_size))
         q, k, v = mixed.transpose(-2, -3).chunk(3, dim=-1)
         return q, k, v
 
     def _map_features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Features, and those of k divided by their sum over K with `normalize_keys`; for q that would cancel out."""
+        """Map q and k to features. `normalize_keys` scales k only: a scale of q cancels out when divided by σ(q) z."""
         q, k = map_features(q, self.options.key_features), map_features(k, self.options.key_features)
         if self.options.normalize_keys:
             k = k / k.sum(-1, keepdim=True)
         return q, k
 
     def _make_rule(self, hidden: Tensor, valid: Tensor | None) -> TokenRule | None:
-        """β and log α of tokens [..., S, D]; None where all are written alike, and divided by z when read."""
+        """β and log α of tokens [..., S, D]; None without token-wise options and with reads divided by z."""
         if not self.has_token_rule:
             return None
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -305,7 +306,7 @@ class CompressiveAttention(MemoryAttention):
         return TokenRule(beta, log_decay)
 
     def compute_gates(self, hidden: Tensor) -> Tensor:
-        """The gate of each token and head, [..., S, H], float32 at least."""
+        """The gate of each token and head, [..., S, H], at least float32."""
         gate = self.gate.to(torch.promote_types(hidden.dtype, torch.float32)).expand(*hidden.shape[:-1], -1)
         return torch.sigmoid(gate if self.token_gate is None else gate + self.token_gate(hidden).to(gate.dtype))
 
@@ -325,10 +326,10 @@ class CompressiveAttention(MemoryAttention):
         segments: Segments,
         rule: TokenRule | None = None,
     ) -> tuple[Tensor, MemoryState | None]:
-        """A_mem [B, n, H, S, V] of features q and k and values v, [B, n, H, S, K] each, and the memory after the call.
+        """A_mem [B, n, H, S, V], and the memory after the call.
 
-        Masked keys are zero. Neither the schedule nor z depends on values, so both are computed for all segments at
-        once; only M is left to `scan_memories`.
+        q and k are features, v values, [B, n, H, S, K] each; masked keys are zero. The schedule and z do not depend on
+        the values, so both are computed for all segments at once. Only M needs `scan_memories`.
         """
         batch, num_segments, _, length, _ = q.shape
         num_writes = num_segments - (not segments.write_last)
@@ -380,10 +381,10 @@ class CompressiveAttention(MemoryAttention):
         return self.combine(reads), memory
 
     def _decay_like(self, like: Tensor) -> Tensor | None:
-        """w as a tensor in the precision of `like`, the memory's, which may differ from the model's."""
+        """w, [H], in the dtype and on the device of the memory `like`, whose dtype may differ from the model's."""
         if self.decay is None:
             return None
-        return torch.stack([like.new_full((), w) for w in self.decay])  # filled where `like` is: nothing is copied
+        return torch.stack([like.new_full((), w) for w in self.decay])  # created on the device: no copy from the host
 
     def _current(self, memory: MemoryState) -> tuple[Tensor, Tensor]:
         if self.num_memories == 1:
@@ -395,7 +396,7 @@ class CompressiveAttention(MemoryAttention):
     def _add_write(
         self, memory: MemoryState, written: Tensor, norm: Tensor, count: Tensor, fade: Tensor | None
     ) -> MemoryState:
-        """The memory after a segment of `count` [B] tokens, with the share `fade` left of it, [H] or [B, 1, 1, H]."""
+        """The memory after writing a segment of `count` [B] tokens, decayed by `fade`, [H] or [B, 1, 1, H]."""
         schedule = plan_writes(memory, count.unsqueeze(1), self.segments_per_memory)
         _, every = schedule.spread_decay(fade)
         memories, norms, chosen = memory.memories, memory.norms, schedule.chosen[:, 0]
@@ -410,10 +411,10 @@ class CompressiveAttention(MemoryAttention):
     def step(
         self, hidden: Tensor, opened: OpenSegment | None, memory: MemoryState | None, step: Step
     ) -> tuple[Tensor, OpenSegment]:
-        """More tokens; the write is summed as they come, since reads are of the memory from before the segment.
+        """See `Layer.step`. The write is summed token by token: reads see only the memory from before the segment.
 
-        A single token is read in the sums' precision, so that M is read as it is; 16 bits would scale and round all of
-        it each time. It joins the sums first; linear local attention is then one product with them.
+        A single token is computed in the precision of the sums: in 16 bits, all of M would be scaled and rounded at
+        every token. It joins the sums first, so that linear local attention is a single product with them.
         """
         inputs, changes = self.query_key_value(hidden), {}
         if self.convolution is not None:
@@ -469,7 +470,7 @@ class CompressiveAttention(MemoryAttention):
         step: Step,
         rule: TokenRule | None,
     ) -> OpenSegment:
-        """Add tokens to the sums of local attention and of the write."""
+        """Add tokens to the sums for local attention and for the write."""
         held, written = None, v
         if self.use_delta_rule and memory is not None:
             current, norm = self._current(memory)
@@ -490,7 +491,7 @@ class CompressiveAttention(MemoryAttention):
             if opened.norms is not None:
                 opened = replace(opened, norms=opened.norms + k.sum(-2, dtype=opened.norms.dtype))
             return opened
-        # What the segment has written fades, too.
+        # What the segment has written so far decays, too.
         assert opened.norms is not None
         assert opened.log_fade is not None
         dtype = opened.writes.dtype
@@ -513,7 +514,7 @@ class CompressiveAttention(MemoryAttention):
         )
 
     def _open_segment(self, rows: int, like: Tensor, *, is_one_sum: bool) -> OpenSegment:
-        """An open segment without tokens; `is_one_sum` where `products` and `writes` are one tensor, as for r = 0."""
+        """An open segment without tokens; with `is_one_sum`, `products` and `writes` are the same tensor (r = 0)."""
         dtype = torch.promote_types(like.dtype, torch.float32)
         keys = torch.zeros(rows, self.num_memory_heads, self.head_size, dtype=dtype, device=like.device)
         writes = keys.new_zeros(*keys.shape, self.head_size)
@@ -533,7 +534,7 @@ class CompressiveAttention(MemoryAttention):
     def end_segments(
         self, opened: OpenSegment, memory: MemoryState | None, ended: Tensor
     ) -> tuple[OpenSegment, MemoryState]:
-        """Add the ended rows' sums to the memory whose turn it is, and clear them."""
+        """See `Layer.end_segments`."""
         if memory is None:
             memory = self.empty_memory(ended.shape[0], opened.writes)
         fade = self._decay_like(memory.norms)
@@ -546,10 +547,10 @@ class CompressiveAttention(MemoryAttention):
 
 
 class CompressiveLayer(MemoryLayer, Block):
-    """A block whose attention is compressive; subclasses name their attention.
+    """A block with a compressive attention, whose class subclasses set in `attention_type`.
 
-    Arguments are those of `Block`; `num_heads` is also the memory's where `num_memory_heads` is None, and
-    positions are only for softmax attention inside the segment.
+    The arguments are `Block`'s; `num_heads` is used for the memory if `num_memory_heads` is None. Only softmax local
+    attention has positions.
     """
 
     attention_type: ClassVar[type[CompressiveAttention]]
@@ -557,7 +558,7 @@ class CompressiveLayer(MemoryLayer, Block):
     def make_attention(
         self, options: Any, hidden_size: int, num_heads: int, rotary_pct: float, rotary_emb_base: float
     ) -> CompressiveAttention:
-        """The attention that the options ask for."""
+        """See `Block.make_attention`."""
         make: Any = self.choose_attention(options)
         attention = make(hidden_size, options.num_memory_heads or num_heads, options)
         attention.set_positions(rotary_pct, rotary_emb_base)
@@ -565,5 +566,5 @@ class CompressiveLayer(MemoryLayer, Block):
         return attention
 
     def choose_attention(self, options: Any) -> type[CompressiveAttention]:
-        """The class of attention that these options ask for."""
+        """The attention class for these options."""
         return self.attention_type

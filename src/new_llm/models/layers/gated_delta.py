@@ -1,4 +1,4 @@
-"""The Gated DeltaNet layer: one memory per head, which fades and is corrected at every token."""
+"""The Gated DeltaNet layer: one memory per head, decayed and updated at every token."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -23,22 +23,22 @@ class GatedDeltaOptions:
     num_memory_heads: Annotated[int | None, Field(gt=0, le=MAX_SIZE)] = None
     """Number of memory heads H, a divisor of the hidden size; None: as many as softmax attention heads."""
     key_features: Literal["unit", "elu", "softmax"] = "unit"
-    """Features of queries and keys: "elu", ELU + 1; "unit", signed and of length 1; "softmax", a softmax over K."""
+    """Feature map of queries and keys: "elu", ELU + 1; "unit", signed and of length 1; "softmax", a softmax over K."""
     use_token_decay: bool = True
-    """Let the memory decay at each token by a factor α per token and head."""
+    """Decay the memory at each token, by a learned factor α per token and head."""
     convolution_size: Annotated[int, Field(ge=0, le=MAX_SIZE)] = 4
-    """Width in tokens of a causal convolution of q, k and v; 0: no convolution."""
+    """Width in tokens of a causal convolution over q, k and v; 0: no convolution."""
     use_output_gate: bool = True
-    """Multiply what is read by SiLU(W_g x)."""
+    """Multiply what is read from memory by SiLU(W_g x)."""
 
 
 @dataclass(frozen=True)
 class GatedDeltaMemory(LayerMemory):
-    """The memory, and the convolution's last inputs. It belongs to one text: rows can't share it.
+    """The memory and the convolution's last inputs. They belong to a single text, so rows can't share them.
 
     Attributes:
         memories: M, [R, 1, H, K, V], float32 or wider.
-        inputs: q, k and v before the convolution of the last size − 1 tokens, [R, size − 1, 3 D].
+        inputs: the convolution's input (q, k and v) at the last size − 1 tokens, [R, size − 1, 3 D].
         num_tokens: tokens read, [R], int64.
     """
 
@@ -52,15 +52,15 @@ class GatedDeltaMemory(LayerMemory):
 class GatedDeltaAttention(Attention):
     """W_o (RMSNorm(q_t M_t) ⊙ SiLU(W_g x_t)), M_t = α_t (M_{t−1} − k_tᵀ β_t k_t M_{t−1}) + k_tᵀ β_t v_t.
 
-    q, k and v are SiLU(Conv(W x)), q and k then of length 1; with other `key_features`, q and k are those of Conv(W x),
-    and "elu" is divided by its sum. β = sigmoid(W_β x), and
-    α = exp(−exp(A) softplus(W_α x + b)), a number for each token and head.
+    q, k and v are SiLU(Conv(W x)), with q and k scaled to length 1. With "elu" or "softmax" as `key_features`, q and k
+    are those features of Conv(W x) instead; "elu" is also divided by its sum over K. Each token and head has its own
+    β = sigmoid(W_β x) and α = exp(−exp(A) softplus(W_α x + b)). q is multiplied by 1 / √K.
     Source: Gated DeltaNet, arXiv:2412.06464, eq. 10 and figure 1.
 
     Args:
         hidden_size: D.
-        num_heads: H, which divides D.
-        options: which parts there are.
+        num_heads: H, a divisor of D.
+        options: which parts to use.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, options: GatedDeltaOptions) -> None:
@@ -79,7 +79,7 @@ class GatedDeltaAttention(Attention):
         self.dense = nn.Linear(hidden_size, hidden_size, bias=False)
 
     def empty_memory(self, rows: int, like: Tensor) -> GatedDeltaMemory:
-        """As `Layer.empty_memory`."""
+        """See `Layer.empty_memory`."""
         dtype = torch.promote_types(like.dtype, torch.float32)
         size = 0 if self.convolution is None else self.convolution.size - 1
         return GatedDeltaMemory(
@@ -91,7 +91,7 @@ class GatedDeltaAttention(Attention):
     def forward(
         self, hidden: Tensor, memory: GatedDeltaMemory | None, segments: Segments
     ) -> tuple[Tensor, GatedDeltaMemory]:
-        """The segments of a row are one text: borders matter only for what `write_last` leaves out."""
+        """Read a row's segments as one sequence; segment boundaries matter only if `write_last` is False."""
         batch, num_segments, length, _ = hidden.shape
         num_writes = num_segments - (not segments.write_last)
         mixed, memory = self._read(
@@ -106,13 +106,13 @@ class GatedDeltaAttention(Attention):
     def _read(
         self, x: Tensor, memory: GatedDeltaMemory, valid: Tensor | None, counts: Tensor, num_written: int
     ) -> tuple[Tensor, GatedDeltaMemory]:
-        """Read T tokens [B, T, D]; the returned memory is that after `num_written`, of which `counts` [B] are real."""
+        """Read x [B, T, D]. The memory returned contains the first `num_written` tokens, `counts` [B] of them real."""
         inputs, wide = self.query_key_value(x), memory.memories.dtype
-        if x.device.type == "cpu":  # which convolves and takes SiLU's gradient in 16 bits several times more slowly
+        if x.device.type == "cpu":  # 16-bit convolutions and SiLU's backward are several times slower on a CPU
             inputs = inputs.to(wide)
         beta = self.strength(x).to(wide).sigmoid()
         log_decay = torch.zeros_like(beta) if self.token_decay is None else self.token_decay(x)
-        if valid is not None:  # a masked token writes nothing and lets nothing fade
+        if valid is not None:  # a masked token neither writes nor decays the memory
             beta, log_decay = beta * valid.unsqueeze(-1), log_decay * valid.unsqueeze(-1)
         with torch.autocast(x.device.type, enabled=False):
             kept, projected = memory.inputs, inputs
@@ -129,14 +129,14 @@ class GatedDeltaAttention(Attention):
         return self.dense(mixed), GatedDeltaMemory(written.unsqueeze(1), kept, memory.num_tokens + counts)
 
     def _map(self, x: Tensor) -> Tensor:
-        """Features of queries or keys; all have length 1 at most, so that the rule is stable."""
+        """Map queries or keys to features of length at most 1, which keeps the delta rule stable."""
         features = map_features(F.silu(x) if self.key_features == "unit" else x, self.key_features)
         return features / features.sum(-1, keepdim=True) if self.key_features == "elu" else features
 
     def step(
         self, hidden: Tensor, opened: GatedDeltaMemory | None, memory: GatedDeltaMemory | None, step: Step
     ) -> tuple[Tensor, GatedDeltaMemory]:
-        """More tokens; the open segment's state is the memory itself, as it is after each token."""
+        """See `Layer.step`; the open segment's state is the memory itself, updated at each token."""
         begun = opened
         if opened is None or step.start is None or step.start == 0:
             begun = self.empty_memory(len(hidden), hidden) if memory is None else memory
@@ -148,7 +148,7 @@ class GatedDeltaAttention(Attention):
     def end_segments(
         self, opened: GatedDeltaMemory, memory: GatedDeltaMemory | None, ended: Tensor
     ) -> tuple[GatedDeltaMemory, GatedDeltaMemory]:
-        """The ended rows' state is their memory, from which their next segment begins."""
+        """See `Layer.end_segments`; the ended rows' state becomes their memory, where the next segment starts."""
         return opened, opened.select_rows(ended, opened.emptied() if memory is None else memory)
 
 
@@ -156,18 +156,18 @@ class GatedDeltaAttention(Attention):
 class GatedDeltaLayer(Block):
     """x + GatedDelta(LN₁ x) + MLP(LN₂ x): Gated DeltaNet's mixer (arXiv:2412.06464) in a GPT-NeoX block.
 
-    Its memory is written and read at every token, across the borders of segments. Arguments are those of `Block`;
-    there are no positions, and `num_heads` is the memory's where `num_memory_heads` is None.
+    Memory is written and read at every token; segment boundaries make no difference. The arguments are `Block`'s.
+    There are no positions, so the rotary arguments have no effect; `num_heads` is used if `num_memory_heads` is None.
     """
 
     has_memory = True
     can_step_in_place = True
 
     def make_attention(self, options: Any, hidden_size: int, num_heads: int, *_: Any) -> GatedDeltaAttention:
-        """The mixer with the options' parts."""
+        """See `Block.make_attention`."""
         return GatedDeltaAttention(hidden_size, options.num_memory_heads or num_heads, options)
 
     @property
     def memory_facts(self) -> MemoryFacts:
-        """As `Layer.memory_facts`."""
+        """See `Layer.memory_facts`."""
         return MemoryFacts(layer_kind=self.kind, keys={"num_tokens": "token_counts"})

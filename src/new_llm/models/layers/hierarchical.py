@@ -1,7 +1,7 @@
 """The hierarchical layer: fine and coarse memories.
 
-Either fine memories and their sum, between which a learned gate decides; or a Fenwick tree, whose memories hold 1, 2,
-4, 8 … segments, the newest in the smallest.
+Two forms: fine memories and their sum, mixed by a learned gate; or a Fenwick tree, whose memories hold 1, 2, 4, 8 …
+segments, the newest segment in the smallest.
 """
 
 from dataclasses import dataclass, replace
@@ -31,20 +31,22 @@ class HierarchicalOptions(SelectionOptions):
     """The options of a hierarchical layer."""
 
     hierarchy: Annotated[Literal["sum", "fenwick"], short("--hierarchy")] = "sum"
-    """sum: fine memories written in turn, and their sum as a coarse one. fenwick: memory ℓ holds a block of 2^ℓ
-    segments, fine for the recent past and coarse for the distant past; the last of num_memories holds everything
+    """sum: fine memories written in turn, and their sum as the coarse memory. fenwick: memory ℓ holds a block of 2^ℓ
+    segments, so the recent past is fine and the distant past coarse; the last of num_memories holds everything
     older."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.router == "top1":
-            raise UserError("router: top1 is for multi_memory; allowed are relevance and standardized")
+            raise UserError("router: top1 is for multi_memory only; allowed here: relevance, standardized")
         if self.hierarchy == "fenwick" and self.router != "relevance":
-            raise UserError(f"router: {self.router} is for hierarchy sum; fenwick has learned weights for each level")
+            raise UserError(
+                f"router: {self.router} needs hierarchy sum; fenwick weighs its levels by learned weights instead"
+            )
 
 
 class ExpansionGate(nn.Module):
-    """p = sigmoid(W2 GELU(W1 x + b1) + b2), D → D/4 → 1 for each token."""
+    """p = sigmoid(W2 GELU(W1 x + b1) + b2) per token, with widths D → D/4 → 1."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -82,7 +84,7 @@ class HierarchicalAttention(MultiMemoryAttention):
         return self.combine(ScannedReads(super().read(q, memory), coarse, memory.memories))
 
     def combine(self, reads: ScannedReads) -> Tensor:
-        """[..., H, S, V]; the gate reads all heads of a token."""
+        """A_mem, [..., H, S, V]; the gate sees the coarse reads of all of a token's heads."""
         coarse = reads.sum_reads
         assert coarse is not None
         p = self.expansion_gate(coarse.transpose(-2, -3).flatten(-2)).unsqueeze(-3)  # [..., 1, S, 1]
@@ -91,17 +93,17 @@ class HierarchicalAttention(MultiMemoryAttention):
 
 @dataclass(frozen=True)
 class TreeMemory(MemoryState):
-    """A Fenwick tree of memories: the first c segments as blocks of 2^ℓ, one for each digit ℓ of c in binary that is 1.
+    """A Fenwick tree of memories. After c segments, memory ℓ holds a block of 2^ℓ segments if bit ℓ of c is 1.
 
-    The blocks follow one another, the largest first; memory ℓ holds that of 2^ℓ segments, and is empty where the digit
-    is 0. The last memory also takes what would belong to larger ones.
+    Otherwise memory ℓ is empty. The blocks are consecutive, the largest being the oldest. The last memory also takes
+    the blocks of all higher bits.
     """
 
     def age(self, num_segments: Tensor, left: Tensor | None = None) -> "TreeMemory":
-        """As `MemoryState.age`, without decay: the same blocks, joined as they are after as many segments."""
+        """Overrides `MemoryState.age`: the same blocks, merged as they are after `num_segments` [R]; without decay."""
         num_levels = self.norms.shape[1]
         levels = torch.arange(num_levels, device=self.norms.device)
-        first = self.num_segments.unsqueeze(1) >> (levels + 1) << (levels + 1)  # a segment of the block of each level
+        first = self.num_segments.unsqueeze(1) >> (levels + 1) << (levels + 1)  # a segment of each level's block
         moved = find_level(first, num_segments.unsqueeze(1), num_levels)
         moves = F.one_hot(moved.masked_fill(levels == num_levels - 1, num_levels - 1), num_levels)  # [R, from, to]
         return replace(
@@ -114,7 +116,7 @@ class TreeMemory(MemoryState):
 
 
 def find_level(segment: Tensor, num_segments: Tensor, num_levels: int) -> Tensor:
-    """The level of the block that holds a segment after as many: the highest binary digit in which the two differ."""
+    """The level of a segment's block after `num_segments`: the highest bit in which both differ, but at most N − 1."""
     powers = 2 ** torch.arange(1, num_levels, device=segment.device)
     return ((segment ^ num_segments).unsqueeze(-1) >= powers).sum(-1)
 
@@ -122,10 +124,10 @@ def find_level(segment: Tensor, num_segments: Tensor, num_levels: int) -> Tensor
 class FenwickAttention(SelectingAttention):
     """A_mem[t] = Σ_ℓ λ_tℓ σ(q_t) M_ℓ / max(Σ_ℓ λ_tℓ σ(q_t) z_ℓ, ε), λ_t = softmax over ℓ of W_λ LN(σ(q_t)) + b.
 
-    M_ℓ and z_ℓ are the blocks of a `TreeMemory`. A segment is written to the block that it completes: the blocks which
-    that one joins are added up, and with the delta rule r reads their sum. With equal λ, A_mem reads the sum of all.
-    LN is a LayerNorm without weights over the features of all heads.
-    Source: log-linear attention, arXiv:2506.04761, there token by token and without z.
+    M_ℓ and z_ℓ are the blocks of a `TreeMemory`. Writing a segment completes a block: all smaller blocks are added up
+    into it, together with the segment's write; with the delta rule, r is read from their sum. With equal λ, A_mem is a
+    read of the sum of all memories. LN is a LayerNorm without weights over the features of all heads.
+    Source: log-linear attention, arXiv:2506.04761, which works token by token and has no z.
     """
 
     takes_token_rules: ClassVar[bool] = False
@@ -141,7 +143,7 @@ class FenwickAttention(SelectingAttention):
         return list(self.level_weights.parameters())
 
     def empty_memory(self, rows: int, like: Tensor) -> TreeMemory:
-        """As `MemoryAttention.empty_memory`."""
+        """See `MemoryAttention.empty_memory`."""
         return TreeMemory(**vars(super().empty_memory(rows, like)))
 
     def read(self, q: Tensor, memory: MemoryState) -> Tensor:
@@ -157,7 +159,7 @@ class FenwickAttention(SelectingAttention):
     def _scan(
         self, q: Tensor, k: Tensor, v: Tensor, memory: MemoryState | None, segments: Segments, rule: Any = None
     ) -> tuple[Tensor, MemoryState | None]:
-        """As that of `CompressiveAttention`, segment by segment: blocks move between the memories."""
+        """See `CompressiveAttention._scan`; runs segment by segment, since blocks move between memories."""
         batch, num_segments, _, length, _ = q.shape
         num_writes = num_segments - (not segments.write_last)
         counts = segments.count_tokens(batch, num_writes, length, q.device)
@@ -172,7 +174,7 @@ class FenwickAttention(SelectingAttention):
         return torch.stack(reads, dim=1), memory
 
     def _current(self, memory: MemoryState) -> tuple[Tensor, Tensor]:
-        """The blocks that the next segment's block joins, added up."""
+        """The sum of the blocks that the next segment will be added to."""
         joined, level = self._join(memory, torch.ones_like(memory.num_segments))
         rows = torch.arange(memory.rows, device=level.device)
         return joined.memories[rows, level], joined.norms[rows, level]
@@ -184,7 +186,7 @@ class FenwickAttention(SelectingAttention):
         return self._replace(memory, held + written, norms + norm, count)
 
     def _replace(self, memory: MemoryState, written: Tensor, norm: Tensor, count: Tensor) -> MemoryState:
-        """The memory with the written block in its level, and its segment counted."""
+        """The memory after a segment of `count` [B] tokens, with the block that it completed at that block's level."""
         has_tokens = count > 0
         joined, level = self._join(memory, has_tokens)
         chosen = F.one_hot(level, self.num_memories).bool() & has_tokens.unsqueeze(1)  # [B, N]
@@ -197,7 +199,7 @@ class FenwickAttention(SelectingAttention):
         )
 
     def _join(self, memory: MemoryState, added: Tensor) -> tuple[TreeMemory, Tensor]:
-        """The blocks joined as `added` [B] (0 or 1) more segments have them, and the level of the last segment."""
+        """The blocks merged as they are after `added` [B] (0 or 1) more segments, and the level of the next segment."""
         assert isinstance(memory, TreeMemory)
         level = find_level(memory.num_segments, memory.num_segments + 1, self.num_memories)
         return memory.age(memory.num_segments + added), level
@@ -207,16 +209,16 @@ class FenwickAttention(SelectingAttention):
 class HierarchicalLayer(MultiMemoryLayer):
     """Fine and coarse memories.
 
-    With `hierarchy: sum` multi-memory with a coarse memory above it, the sum of the fine ones, and a learned expansion
-    gate: p = sigmoid(MLP(coarse read)), computed for each token, weighs the fine memories. With `fenwick` a tree of
-    memories of 1, 2, 4 … segments, weighed for each token and level.
+    With `hierarchy: sum`, multi-memory plus a coarse memory, the sum of the fine ones. A learned expansion gate
+    p = sigmoid(MLP(coarse read)) mixes the two reads for each token. With `fenwick`, a tree of memories of 1, 2, 4 …
+    segments, with a learned weight per token and level.
 
-    Arguments are `MultiMemoryLayer`'s.
+    The arguments are `MultiMemoryLayer`'s.
     """
 
     key_prefix: ClassVar[str] = "fine_"
     attention_type: ClassVar[type[CompressiveAttention]] = HierarchicalAttention
 
     def choose_attention(self, options: Any) -> type[CompressiveAttention]:
-        """As `CompressiveLayer.choose_attention`."""
+        """See `CompressiveLayer.choose_attention`."""
         return FenwickAttention if options.hierarchy == "fenwick" else self.attention_type

@@ -1,6 +1,6 @@
-"""The Infini layer: banks of one compressive memory, written in turn, mixed by weights learned per head.
+"""The Infini layer: compressive memory in one or more banks, written in turn and mixed by weights learned per head.
 
-Then the parallel adapter, which puts such a memory beside an unchanged Pythia layer.
+Also the parallel adapter, which adds such a memory to an unchanged Pythia layer.
 """
 
 import math
@@ -28,17 +28,17 @@ class InfiniOptions(MemoryOptions):
     num_memory_heads: Size = 1  # pyright: ignore[reportIncompatibleVariableOverride]
     """Number of memory heads H, a divisor of the hidden size; a single head is as wide as the model."""
     num_memory_banks: Annotated[Size, short("--num-memory-banks")] = 1
-    """Number of banks of the memory, written in turn."""
+    """Number of memory banks, written in turn."""
     segments_per_bank: Annotated[Size, short("--segments-per-bank")] = 4
-    """Segments written into one bank before the next."""
+    """Number of segments written to one bank before moving on to the next."""
     use_alibi: Annotated[bool, short("--alibi")] = False
-    """Decay the memory by exp(−slope · alibi_scale) at every segment's write."""
+    """Decay a bank by exp(−slope · alibi_scale) whenever a segment is written to it, with ALiBi's slope per head."""
     alibi_scale: Annotated[float, Field(ge=0), short("--alibi-scale")] = 1.0
-    """Scale of the decay."""
+    """Scale of use_alibi's decay; 0: no decay."""
 
 
 class InfiniAttention(CompressiveAttention):
-    """A_mem = Σ_b softmax_b(bank weights) σ(q) M_b / max(σ(q) z_b, ε); one bank has no weights."""
+    """A_mem = Σ_b softmax_b(bank weights) σ(q) M_b / max(σ(q) z_b, ε); a single bank needs no weights."""
 
     def __init__(self, hidden_size: int, num_memory_heads: int, options: InfiniOptions) -> None:
         heads, banks = num_memory_heads, options.num_memory_banks
@@ -59,7 +59,7 @@ class InfiniAttention(CompressiveAttention):
         return [self.gate] if self.bank_weights is None else [self.gate, self.bank_weights]
 
     def weigh(self, products: Tensor, num_tokens: Tensor) -> Tensor | None:
-        """The bank weights, [H, 1, N]: the same for every token; all banks are mixed, empty ones add 0."""
+        """The bank weights, [H, 1, N], the same for every token. Empty banks are included; they contribute 0."""
         return None if self.bank_weights is None else self.bank_weights.to(products.dtype).softmax(-1).unsqueeze(1)
 
 
@@ -67,9 +67,9 @@ class InfiniAttention(CompressiveAttention):
 class InfiniLayer(CompressiveLayer):
     """Infini-attention (arXiv:2404.07143) with linear attention in place of the local softmax; no positions.
 
-    M ← w M + Σ σ(k)ᵀ(v − r) at each segment's end, A_mem = σ(q) M / max(σ(q) z, ε) before it.
+    Within a segment A_mem = σ(q) M / max(σ(q) z, ε); at its end M ← w M + Σ σ(k)ᵀ(v − r).
 
-    Arguments are those of `Block`; the memory has one head by default.
+    The arguments are `Block`'s; the memory has one head by default.
     """
 
     index_key: ClassVar[str] = "current_bank"
@@ -77,9 +77,10 @@ class InfiniLayer(CompressiveLayer):
 
 
 def compute_alibi_slopes(num_heads: int) -> list[float]:
-    """Slopes 2^(−8i/H), i = 1 … H; where H is not a power of 2, interleaved as in ALiBi.
+    """ALiBi's slopes 2^(−8i/H), i = 1 … H.
 
-    Source: ALiBi, arXiv:2108.12409, section 3 and its published code for other numbers of heads.
+    Source: ALiBi, arXiv:2108.12409, section 3. If H is not a power of 2, the slopes for the next lower power are
+    followed by every second slope for twice that power, as in the published code.
     """
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
@@ -93,22 +94,22 @@ def compute_alibi_slopes(num_heads: int) -> list[float]:
 
 @section
 class ParallelInfiniOptions(InfiniOptions):
-    """The memory beside one layer: Base(x) + α · Infini(LN x)."""
+    """The options of a memory branch: Base(x) + α · Infini(LN x)."""
 
     initial_alpha: Annotated[float, short("--initial-alpha")] = 0.0
-    """Initial α; 0: the adapted model equals the base bit for bit."""
+    """Initial α; with 0 the adapted model starts out bit-identical to the base."""
 
 
 @section
 class AdapterConfig(ParallelInfiniOptions):
-    """The adapter section: a memory beside some layers of a GPT-NeoX."""
+    """The adapter section: which layers of a GPT-NeoX get a memory branch, and how it starts."""
 
     layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), short("--layers")] = (0,)
     """Indices of the layers that get a memory branch."""
     init: Annotated[Literal["base", "random"], short("--init")] = "base"
-    """Initial weights of the branch: those of the attention beside it, or random ones."""
+    """Initial weights of the branch: a copy of the base layer's attention weights, or random ones."""
     zero_init_dense: Annotated[bool, short("--zero-init-dense")] = False
-    """Start with an output projection of zeros: with any α the adapted model then starts equal to the base."""
+    """Initialise the output projection to zero, so that the adapted model starts equal to the base with any α."""
     freeze_base_model: Annotated[bool, short("--freeze")] = True
     """Train only the adapter's weights."""
 
@@ -119,7 +120,7 @@ class AdapterConfig(ParallelInfiniOptions):
 
 @dataclass(frozen=True)
 class OpenBranches:
-    """The two branches' states of the open segments."""
+    """Both branches' states of the open segments."""
 
     base: KeyValueCache | None
     infini: OpenSegment | None
@@ -127,23 +128,23 @@ class OpenBranches:
 
 @register_layer("parallel_infini", options=ParallelInfiniOptions, model_type=False)
 class ParallelInfiniLayer(MemoryLayer):
-    """Base(x) + α · Infini(LN x): a GPT-NeoX layer, and beside it an Infini attention that reads the same input.
+    """Base(x) + α · Infini(LN x): a GPT-NeoX layer with a parallel Infini attention on the same input.
 
-    Infini is that of `InfiniLayer`: compressive memory, local linear attention, gates, and an output projection. With
-    α = 0 the output equals the base layer's bit for bit, whatever the memory holds.
+    Infini is the attention of `InfiniLayer`, with its memory, local attention, gates and output projection. With α = 0
+    the output equals the base layer's bit for bit, whatever the memory holds.
 
     Args:
         hidden_size: D.
-        num_heads: heads of the base layer's softmax attention.
+        num_heads: number of heads of the base layer's softmax attention.
         intermediate_size: width of the base layer's MLP.
-        rotary_pct: share of each head of the base layer that is rotated.
-        rotary_emb_base: base of its rotary wavelengths.
+        rotary_pct: fraction of each head's dimensions that get rotary positions.
+        rotary_emb_base: base of the rotary wavelengths.
         layer_norm_eps: ε of all LayerNorms.
         base_name: directory or hub name of the base layer's weights; only recorded.
         options: fields of `ParallelInfiniOptions`.
 
     Raises:
-        ValueError: heads that do not divide the hidden size, or an option out of range.
+        ValueError: the heads do not divide the hidden size, or an option is out of range.
     """
 
     index_key: ClassVar[str] = InfiniLayer.index_key
@@ -176,7 +177,7 @@ class ParallelInfiniLayer(MemoryLayer):
     def forward(
         self, hidden: Tensor, memory: MemoryState | None = None, segments: Segments | None = None
     ) -> tuple[Tensor, MemoryState | None]:
-        """Whole segments through both branches; see `Layer.forward`."""
+        """See `Layer.forward`."""
         segments = segments or Segments()
         base, _ = self.base_layer(hidden, None, segments)
         recalled, memory = self.attention(self.input_layernorm(hidden), memory, segments)
@@ -185,7 +186,7 @@ class ParallelInfiniLayer(MemoryLayer):
     def step(
         self, hidden: Tensor, opened: OpenBranches | None, memory: MemoryState | None, step: Step
     ) -> tuple[Tensor, OpenBranches]:
-        """More tokens through both branches; see `Layer.step`."""
+        """See `Layer.step`."""
         opened = opened or OpenBranches(None, None)
         base, cache = self.base_layer.step(hidden, opened.base, None, step)
         recalled, sums = self.attention.step(self.input_layernorm(hidden), opened.infini, memory, step)
@@ -194,7 +195,7 @@ class ParallelInfiniLayer(MemoryLayer):
     def end_segments(
         self, opened: OpenBranches, memory: MemoryState | None, ended: Tensor
     ) -> tuple[OpenBranches, MemoryState | None]:
-        """Write and clear the open segments of some rows; see `Layer.end_segments`."""
+        """See `Layer.end_segments`."""
         sums, memory = self.attention.end_segments(opened.infini, memory, ended)
         cache, _ = self.base_layer.end_segments(opened.base, None, ended)
         return OpenBranches(cache, sums), memory

@@ -1,6 +1,6 @@
-"""What layers with memory share: the memory's sizes and facts, where and how tokens are written, shifted keys, decay.
+"""Parts that the memory layers share: base classes, the write schedule, token-wise writes, short convolution, decay.
 
-Legend: B rows, S tokens of a segment, H memory heads, K key width, N memories or banks, w written segments of a call.
+Legend: B rows, S tokens per segment, H memory heads, K key width, N memories or banks, w segments written in a call.
 """
 
 import math
@@ -17,13 +17,14 @@ from new_llm.processes import gather_tensor
 
 
 class MemoryAttention(Attention):
-    """An attention with N memories of H heads, each a matrix [K, V], and a gate β for each head.
+    """An attention with N memories of H heads, each a matrix [K, V], and a gate β per head.
 
     Attributes:
         head_size: K.
         value_size: V.
-        forgets: whether memories fade.
-        read_loss_weight: weight of a loss of what the memory returns; it reads tokens in training.
+        forgets: whether memories decay.
+        read_loss_weight: weight of an auxiliary loss on what the memory returns; 0: none. In training this loss needs
+            the token ids.
     """
 
     gate: nn.Parameter
@@ -38,7 +39,7 @@ class MemoryAttention(Attention):
     read_loss_weight: float = 0.0
 
     def empty_memory(self, rows: int, like: Tensor) -> MemoryState:
-        """As `Layer.empty_memory`."""
+        """See `Layer.empty_memory`."""
         shape = (rows, self.num_memories, self.num_memory_heads, self.head_size)
         dtype = torch.promote_types(like.dtype, torch.float32)
         counts = torch.zeros(rows, dtype=torch.int64, device=like.device)
@@ -56,23 +57,23 @@ class MemoryAttention(Attention):
 
 
 class MemoryLayer(AttentionLayer):
-    """A layer whose memory belongs to one `MemoryAttention`, its `attention`."""
+    """A layer whose memory is that of its `attention`, a `MemoryAttention`."""
 
     has_memory = True
     attention: MemoryAttention
     key_prefix: ClassVar[str] = ""
-    """Prefix of `memories` in the keys of the layer's state."""
+    """Prefix of the keys `memories` and `memory_norms` in the layer's state dictionary."""
     index_key: ClassVar[str]
-    """The key of the index of the memory that is written next."""
+    """Key in the state dictionary for the index of the memory to be written next."""
 
     @property
     def reads_tokens(self) -> bool:
-        """Before the head always; elsewhere in training, where what memory returns has a loss of its own."""
+        """True before the head, and elsewhere in training with a `read_loss_weight`."""
         return self.stands_before_head or (self.training and self.attention.read_loss_weight > 0)
 
     @property
     def memory_facts(self) -> MemoryFacts:
-        """As `Layer.memory_facts`."""
+        """See `Layer.memory_facts`."""
         attention = self.attention
         return MemoryFacts(
             layer_kind=self.kind,
@@ -93,7 +94,7 @@ class MemoryLayer(AttentionLayer):
         )
 
     def gate_values(self) -> list[float]:
-        """g = sigmoid(β) of each head."""
+        """g = sigmoid(β) for each head."""
         return torch.sigmoid(gather_tensor(self.attention.gate.detach()).float()).tolist()
 
 
@@ -102,13 +103,13 @@ class MemoryLayer(AttentionLayer):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The writes of a call whose first w segments are written. B rows, N memories.
+    """Where a call writes its first w segments.
 
     Attributes:
-        slots: the memory that each segment is written to, [B, w] int64.
+        slots: index of the memory that each segment is written to, [B, w] int64.
         chosen: the same as a mask, [B, w, N]; all False for a segment without tokens.
-        num_tokens: tokens that each memory has seen before each segment and after the last, [B, w + 1, N].
-        num_segments: segments read after the last, [B].
+        num_tokens: number of tokens that each memory has seen before each segment, and after the last, [B, w + 1, N].
+        num_segments: number of segments read after the last one, [B].
     """
 
     slots: Tensor
@@ -123,7 +124,7 @@ class Schedule:
         return norms.gather(2, self.slots[:, :, None, None, None].expand(-1, -1, 1, *norms.shape[3:])).squeeze(2)
 
     def finish(self, before: MemoryState, memories: Tensor, norms: Tensor, every: Tensor | None) -> MemoryState:
-        """The memory after all writes, with these M and z and the decay of `spread_decay`."""
+        """The memory after all writes: `memories` is M, `norms` is z, `every` the second result of `spread_decay`."""
         return MemoryState(
             memories=memories,
             norms=norms,
@@ -134,10 +135,10 @@ class Schedule:
         )
 
     def spread_decay(self, decay: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """The decay w of each head at each write, 1 where nothing is written; `decay` is [H], or [B, w, 1, H].
+        """Expand the decay, [H] or [B, w, 1, H], to every write; it is 1 where nothing is written.
 
         Returns:
-            The decay of the written memory, [B, w, H], and of all memories, [B, w, N, H].
+            The decay of the memory written, [B, w, H], and of each memory, [B, w, N, H].
         """
         if decay is None:
             return None, None
@@ -147,7 +148,7 @@ class Schedule:
 
 
 def plan_writes(memory: MemoryState, counts: Tensor, segments_per_memory: int) -> Schedule:
-    """The schedule for segments of `counts` [B, w] tokens, given the memory before them."""
+    """The schedule for writing segments with `counts` [B, w] tokens each, given the memory before them."""
     has_tokens = counts > 0
     seen = has_tokens.cumsum(1)
     num_memories = memory.norms.shape[1]
@@ -167,7 +168,7 @@ def plan_writes(memory: MemoryState, counts: Tensor, segments_per_memory: int) -
 
 
 class TokenRule(NamedTuple):
-    """How strongly each token is written, and how much is left of what was there; both in the memory's precision.
+    """The write strength β and the decay α of each token, in the memory's precision.
 
     Attributes:
         beta: β, [..., H, S]; None: 1.
@@ -178,18 +179,19 @@ class TokenRule(NamedTuple):
     log_decay: Tensor | None
 
     def write_keys(self, k: Tensor, *, solves: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Keys k' such that a segment's write is M ← f M + k'ᵀ (v − e k M), in the rule's precision.
+        """Keys k' with which a segment is written at once: M ← f M + k'ᵀ (v − r), where the delta rule reads r from M.
 
-        With g the sums of log α from the segment's start, a write of token t fades to ω_t = e^{g_S − g_t}, so that
-        k'_t = ω_t β_t k_t. With `solves` each token also reads what the segment's earlier ones wrote, unnormalised:
-        K'ᵀ = (ω K)ᵀ (I + A)⁻¹ diag(β), A_ij = β_i e^{g_i − g_j} (k_i · k_j) for j < i; see `ops.gated_delta`.
+        Let g_t be the sum of log α up to token t. By the segment's end, the write of token t has decayed by
+        ω_t = e^{g_S − g_t}, so k'_t = ω_t β_t k_t. With `solves`, r is e^g k M, and a token's delta also sees what
+        earlier tokens of the segment wrote: K'ᵀ = (ω K)ᵀ (I + A)⁻¹ diag(β), with A_ij = β_i e^{g_i − g_j} (k_i · k_j)
+        for j < i; see `ops.gated_delta`.
 
         Args:
             k: features of the keys, [..., H, S, K]; zero at masked tokens.
-            solves: the delta rule holds token by token.
+            solves: whether the delta rule applies token by token, without normalisation.
 
         Returns:
-            k', what is added to z for each token (ω β k), e^g [..., H, S], and f = e^{g_S} [..., H].
+            k', each token's contribution ω β k to z, e^g [..., H, S], and f = e^{g_S} [..., H].
         """
         total = torch.zeros_like(k[..., 0]) if self.log_decay is None else self.log_decay.cumsum(-1)
         left = (total[..., -1:] - total).exp().unsqueeze(-1) * k
@@ -204,26 +206,26 @@ class TokenRule(NamedTuple):
 
 
 def shift_keys(k: Tensor, first: Tensor | None = None) -> Tensor:
-    """Replace each token's key by the previous token's: each token is filed under the word that it followed.
+    """Replace each token's key by the previous token's, so that each token is stored under the one it followed.
 
-    A query for a context then finds, in one layer, what followed similar contexts. It is the shift of H3
-    (arXiv:2212.14052, section 3), applied to keys.
+    A query then finds what followed similar tokens, with a single layer. This is the shift of H3 (arXiv:2212.14052,
+    section 3), applied to keys.
 
     Args:
         k: features of the keys, [..., S, K].
-        first: the key of the first token, [..., K]; None: 0, so that it is not written.
+        first: key for the first token, [..., K]; None: 0, so that it is not written.
     """
     before = torch.zeros_like(k[..., :1, :]) if first is None else first.unsqueeze(-2).to(k.dtype)
     return torch.cat((before, k[..., :-1, :]), dim=-2)
 
 
 def pick_last_key(k: Tensor, last_key: Tensor, valid: Tensor | None) -> Tensor:
-    """The features of the last real token's own key, [B, H, K].
+    """The key of each row's last real token, [B, H, K].
 
     Args:
-        k: keys of new tokens, [B, H, T, K], not shifted.
-        last_key: the value kept by rows without a real token.
-        valid: real tokens, [B, T], on the left; None: all.
+        k: unshifted keys of the new tokens, [B, H, T, K].
+        last_key: the result for rows without a new real token, [B, H, K].
+        valid: padding mask, [B, T], real tokens first; None: no padding.
     """
     if valid is None:
         return k[:, :, -1]
@@ -232,13 +234,13 @@ def pick_last_key(k: Tensor, last_key: Tensor, valid: Tensor | None) -> Tensor:
 
 
 class ShortConvolution(nn.Module):
-    """y_t = Σ_i w_i ⊙ x_{t−i}, i = 0 … size − 1, a weight for each channel and distance, no bias.
+    """A causal depthwise convolution without bias: y_t = Σ_i w_i ⊙ x_{t−i}, i = 0 … size − 1.
 
-    Source: H3, arXiv:2212.14052, section 3; of this size as in Mamba, arXiv:2312.00752, and Gated DeltaNet.
+    Source: H3, arXiv:2212.14052, section 3; short kernels as in Mamba, arXiv:2312.00752, and Gated DeltaNet.
 
     Args:
         channels: width C of x.
-        size: tokens that each output sees, its own included.
+        size: kernel size: the number of tokens that each output sees, including its own.
     """
 
     def __init__(self, channels: int, size: int) -> None:
@@ -248,29 +250,29 @@ class ShortConvolution(nn.Module):
 
     @torch.no_grad()
     def initialize_features(self) -> None:
-        """Draw the weights, uniform in ±1/√size."""
+        """Draw the weights from uniform(−1/√size, 1/√size)."""
         nn.init.uniform_(self.weight, -1, 1).div_(math.sqrt(self.size))
 
     def forward(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-        """y of the next tokens x [B, T, C], and all inputs, those of `before` first.
+        """y [B, T, C] of the next tokens, and all inputs: `before` and x concatenated.
 
         Args:
             x: [B, T, C].
-            before: the inputs of the size − 1 tokens before them, [B, size − 1, C]; zeros where there are none.
+            before: inputs of the size − 1 tokens before x, [B, size − 1, C]; zeros at the start of a text.
         """
         inputs = torch.cat((before.to(x.dtype), x), dim=1)
-        # channels are last in memory, and torch convolves such images without moving them
+        # a 2d convolution, because channels are last in memory and torch convolves such images without a copy
         y = F.conv2d(inputs.transpose(1, 2).unsqueeze(2), self.weight[:, None, None].to(x.dtype), groups=x.shape[2])
         return y.squeeze(2).transpose(1, 2), inputs
 
     def keep(self, inputs: Tensor, counts: Tensor, dtype: torch.dtype) -> Tensor:
-        """The last size − 1 of all inputs after `counts` [B] new tokens, [B, size − 1, C]."""
+        """The last size − 1 inputs after `counts` [B] new tokens, [B, size − 1, C]; `inputs` as `forward` returned."""
         places = counts.unsqueeze(1) + torch.arange(self.size - 1, device=counts.device)
         return inputs.gather(1, places.unsqueeze(-1).expand(-1, -1, inputs.shape[2])).to(dtype)
 
 
 class TokenDecay(nn.Module):
-    """log α = −exp(A) softplus(W x + b), a number for each token and head.
+    """log α = −exp(A) softplus(W x + b), one number per token and head.
 
     Source: Mamba-2, arXiv:2405.21060, section 7, and Gated DeltaNet, arXiv:2412.06464, section 3.4.
 
@@ -287,12 +289,12 @@ class TokenDecay(nn.Module):
 
     @torch.no_grad()
     def initialize_features(self) -> None:
-        """Draw A and b so that heads fade at different rates: exp(A) in 1 … 16, softplus(b) in 0.001 … 0.1."""
+        """Draw A and b so that heads decay at different rates: exp(A) in 1 … 16, softplus(b) in 0.001 … 0.1."""
         nn.init.uniform_(self.rate, 1, 16).log_()
         steps = nn.init.uniform_(self.bias, math.log(0.001), math.log(0.1)).exp()
         self.bias.copy_(steps.expm1().log())  # the inverse of softplus
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] to [..., H], float32 at least."""
+        """log α, [..., H], at least float32, from x [..., D]."""
         wide = torch.promote_types(x.dtype, torch.float32)
         return -self.rate.to(wide).exp() * F.softplus(self.linear(x).to(wide) + self.bias)

@@ -1,4 +1,4 @@
-"""The multi-memory layer: independent memories, and a router that says which are read and, with top1, written."""
+"""The multi-memory layer: independent memories, and a router that selects which to read and, with top1, to write."""
 
 import math
 from collections.abc import Iterator
@@ -26,11 +26,11 @@ class SelectionOptions(MemoryOptions):
     num_memories: Annotated[Size, short("--num-memories")] = 4
     """Number of independent memories, written in turn; router top1 adds one that all tokens share."""
     selection_temperature: Annotated[float, Field(gt=0)] = 1.0
-    """τ, which divides the scores: near 0 a token reads one memory, far above 1 all memories equally."""
+    """Temperature τ of the softmax over memories: near 0 a token reads one memory, far above 1 all of them equally."""
     router: Annotated[Literal["relevance", "standardized", "top1"], short("--router")] = "relevance"
-    """How memories are selected. relevance: by each token's attention to their z. standardized: by the same scores,
+    """How a token selects memories. relevance: by its attention to their z. standardized: by the same scores,
     standardised over the memories, with a temperature learned per head. top1 (multi_memory only): a learned router
-    sends each token to one memory, and another memory receives all tokens."""
+    sends each token to one memory, and a shared memory receives all tokens."""
 
 
 @section
@@ -38,14 +38,14 @@ class MultiMemoryOptions(SelectionOptions):
     """The options of a multi-memory layer."""
 
     balance_weight: Annotated[float, Field(ge=0)] = 0.01
-    """With top1: weight of the auxiliary loss that spreads the tokens over all memories."""
+    """With router top1: weight of the auxiliary loss that spreads tokens over all memories."""
 
 
 class SelectingAttention(CompressiveAttention):
-    """An attention that selects among its memories, and shows which."""
+    """An attention that selects among its memories and lets `watch_selection` record the selection."""
 
     watched: list[tuple[Tensor, Tensor]] | None = None
-    """Where this is a list, each call appends its selection; see `watch_selection`."""
+    """If this is a list, each call appends its selection to it."""
 
     def _watch(self, weights: Tensor, num_filled: Tensor) -> None:
         if self.watched is not None:
@@ -60,10 +60,10 @@ def score_features(layer: nn.Linear, features: Tensor, dtype: torch.dtype) -> Te
 
 
 def measure_entropy(weights: Tensor, num_filled: Tensor) -> Tensor:
-    """The entropy of each token's selection, as a share of the greatest possible: 0 reads one memory, 1 all alike.
+    """Each token's selection entropy divided by its maximum: 0 if it reads one memory, 1 if it reads all equally.
 
-    Arguments are one call's of `watch_selection`. Tokens that find fewer than two filled memories have nothing to
-    select and are left out.
+    The arguments are one entry of `watch_selection`. Tokens that find fewer than two filled memories have no choice
+    and are left out.
     """
     entropy = torch.special.entr(weights.double()).sum(-1)
     num_filled = num_filled.expand(entropy.shape)
@@ -72,7 +72,7 @@ def measure_entropy(weights: Tensor, num_filled: Tensor) -> Tensor:
 
 @contextmanager
 def watch_selection(attention: SelectingAttention) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Inside the block the list takes each call's weights [..., T, N], and over how many filled memories they are."""
+    """Record each call's selection: its weights [..., T, N], and the number of filled memories that it chose from."""
     found: list[tuple[Tensor, Tensor]] = []
     attention.watched = found
     try:
@@ -82,10 +82,10 @@ def watch_selection(attention: SelectingAttention) -> Iterator[list[tuple[Tensor
 
 
 class MultiMemoryAttention(SelectingAttention):
-    """A_mem = Σ_m w_m σ(q) M_m / max(σ(q) z_m, ε), w = softmax over the filled ones of s_m / τ, with
-    s_m = σ(q)·(z_m / n_m) / √K.
+    """A_mem = Σ_m w_m σ(q) M_m / max(σ(q) z_m, ε), with w = softmax(s / τ) over the filled memories.
 
-    With `router: standardized` s is standardised over the filled memories, and τ is learned for each head.
+    s_m = σ(q)·(z_m / n_m) / √K, with n_m the number of tokens that memory m has seen. With `router: standardized`, s is
+    standardised over the filled memories, and τ is learned per head.
     """
 
     def __init__(self, hidden_size: int, num_memory_heads: int, options: Any) -> None:
@@ -98,11 +98,11 @@ class MultiMemoryAttention(SelectingAttention):
             self.log_temperature = nn.Parameter(torch.full((num_memory_heads,), math.log(self.selection_temperature)))
 
     def gate_parameters(self) -> list[nn.Parameter]:
-        """β, and log τ where it is learned."""
+        """β, and log τ if it is learned."""
         return super().gate_parameters() + ([] if self.log_temperature is None else [self.log_temperature])
 
     def weigh(self, products: Tensor, num_tokens: Tensor) -> Tensor | None:
-        """The selection of each token, [B, n, H, S, N]."""
+        """The weight of each memory for each token, [B, n, H, S, N]."""
         options: dict[str, Any] = {"temperature": self.selection_temperature}
         if self.log_temperature is not None:
             options = {"temperature": self.log_temperature.exp(), "standardize": True}
@@ -112,16 +112,18 @@ class MultiMemoryAttention(SelectingAttention):
 
 
 class RoutedAttention(SelectingAttention):
-    """N memories, each written by the tokens that a learned router sends to it, beside one that all tokens write.
+    """N memories to which a learned router sends tokens, and a shared memory to which all tokens are written.
 
-    p_t = softmax(W_r LN(σ(q_t))), m = argmax p_t: A_mem = p_tm A_m + (1 − p_tm) A_shared, with A a memory's own read
-    and p_tm = 0 where m is empty. Token t is written to the shared memory and to argmax W_r LN(σ(k_t)), so that a
-    query looks where keys like it were written. LN is a LayerNorm without weights over the features of all heads.
-    Source: Mixture-of-Memories, arXiv:2502.13685, there with a linear router of the hidden state, keys and values of
-    each memory's own, and no z.
+    p_t = softmax(W_r LN(σ(q_t))), m = argmax p_t: A_mem = p_tm A_m + (1 − p_tm) A_shared, where A_m is the read of
+    memory m alone, and p_tm is set to 0 if m is empty. Token t is written to the shared memory and to memory
+    argmax W_r LN(σ(k_t)), so that a query looks where keys like it were written. LN is a LayerNorm without weights
+    over the features of all heads.
+    Source: Mixture-of-Memories, arXiv:2502.13685, which routes by a linear map of the hidden state, gives each memory
+    its own keys and values, and has no z.
 
-    So that the router does not send all tokens to one memory, training adds `balance_weight` · N Σ_m f_m P_m: f_m is
-    the share of tokens written to m and P_m its mean probability (Switch Transformers, arXiv:2101.03961, eq. 4).
+    To keep the router from sending all tokens to one memory, training adds the loss `balance_weight` · N Σ_m f_m P_m,
+    where f_m is the share of tokens written to m and P_m its mean probability (Switch Transformers, arXiv:2101.03961,
+    eq. 4).
     """
 
     takes_token_rules: ClassVar[bool] = False
@@ -136,15 +138,15 @@ class RoutedAttention(SelectingAttention):
         self.balance_loss: Tensor | None = None
 
     def route(self, features: Tensor, dtype: torch.dtype) -> Tensor:
-        """The router's scores of n segments' features [B, n, H, S, K], in `dtype`, [B, n, S, N]."""
+        """The router's scores, [B, n, S, N] in `dtype`, from features [B, n, H, S, K] of queries or keys."""
         return score_features(self.router, features, dtype)
 
     def _scan(
         self, q: Tensor, k: Tensor, v: Tensor, memory: MemoryState | None, segments: Segments, rule: Any = None
     ) -> tuple[Tensor, MemoryState | None]:
-        """As that of `CompressiveAttention`, with a head for each memory and head, of which each has one memory.
+        """See `CompressiveAttention._scan`, which sees (N + 1) · H heads with a single memory each.
 
-        A key is zero in memories to which its token is not sent, so that it writes nothing there.
+        A token's key is zero in the memories that it is not sent to, so that it writes nothing there.
         """
         batch, num_segments, heads, *_ = q.shape
         num_writes = num_segments - (not segments.write_last)
@@ -157,7 +159,7 @@ class RoutedAttention(SelectingAttention):
         if segments.valid is not None:
             sent = sent * segments.valid.unsqueeze(-1)
         self.balance_loss = self._balance(key_scores, sent)
-        added = sent.sum(2)  # tokens of each segment that each memory takes, [B, n, N]
+        added = sent.sum(2)  # number of tokens that each segment sends to each memory, [B, n, N]
         seen = before.num_tokens[:, None, :num_routed] + added.cumsum(1) - added
         shares = self.route(q, dtype).softmax(-1)
         self._watch(shares, seen.new_full((), num_routed))
@@ -193,7 +195,7 @@ class RoutedAttention(SelectingAttention):
         )
 
     def _balance(self, scores: Tensor, sent: Tensor) -> Tensor | None:
-        """The auxiliary loss of the router; see the class."""
+        """The router's auxiliary loss; see the class."""
         if not self.training or not self.balance_weight:
             return None
         tokens = sent.flatten(0, 2).to(scores.dtype)
@@ -203,7 +205,7 @@ class RoutedAttention(SelectingAttention):
         return self.balance_weight * tokens.shape[-1] * (tokens.sum(0) / number * probability).sum()
 
     def _compute_loss(self, from_memory: Tensor, segments: Segments) -> Tensor | None:
-        """Also that of the router."""
+        """The auxiliary losses of the base class and of the router, summed."""
         found = [loss for loss in (self.balance_loss, super()._compute_loss(from_memory, segments)) if loss is not None]
         self.balance_loss = None
         return torch.stack(found).sum() if found else None
@@ -211,17 +213,17 @@ class RoutedAttention(SelectingAttention):
 
 @register_layer("multi_memory", options=MultiMemoryOptions)
 class MultiMemoryLayer(CompressiveLayer):
-    """Independent memories, selected for each token by attention to their z, or by a learned router.
+    """Independent memories, of which each token selects by attention to their z, or by a learned router.
 
-    They are written in turn, one segment each; with `router: top1` token by token, where the router sends them. Each
-    token's weights depend only on the past.
+    They are written in turn, one segment each; with `router: top1`, the router chooses for each token. A token's
+    selection depends only on earlier segments and the token itself, never on later tokens.
 
-    Arguments are those of `Block`; the memory has `num_heads` heads by default.
+    The arguments are `Block`'s; the memory has `num_heads` heads by default.
     """
 
     index_key: ClassVar[str] = "current_memory_idx"
     attention_type: ClassVar[type[CompressiveAttention]] = MultiMemoryAttention
 
     def choose_attention(self, options: Any) -> type[CompressiveAttention]:
-        """As `CompressiveLayer.choose_attention`."""
+        """See `CompressiveLayer.choose_attention`."""
         return RoutedAttention if options.router == "top1" else self.attention_type

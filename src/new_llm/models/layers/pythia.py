@@ -1,4 +1,4 @@
-"""The Pythia layer: GPT-NeoX's softmax attention with partial rotary positions, inside the segment."""
+"""The Pythia layer: GPT-NeoX's softmax attention with partial rotary positions, within the segment."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,14 +14,14 @@ from new_llm.models.state import LayerMemory
 
 
 def compute_rotary_angles(positions: Tensor, rotary_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of p · base^(−2i / rotary_dim), i = 0 … rotary_dim / 2 − 1, each twice in a row of blocks.
+    """cos and sin of p · base^(−2i / rotary_dim), i = 0 … rotary_dim / 2 − 1, repeated once to fill rotary_dim.
 
-    Source: RoFormer, arXiv:2104.09864, eq. 15, in the half-split layout of GPT-NeoX. Angles are computed in float32
-    whatever the model's dtype, as Hugging Face does, so that logits agree in float64 too.
+    Source: RoFormer, arXiv:2104.09864, eq. 15, in the half-split layout of GPT-NeoX. Angles are always computed in
+    float32, as Hugging Face does, so that a float64 model's logits agree too.
 
     Args:
-        positions: token positions, [...], integers.
-        rotary_dim: rotated dimensions of a head, even.
+        positions: token positions p, integers, [...].
+        rotary_dim: number of rotated dimensions per head, even.
         base: base of the wavelengths.
         dtype: dtype of the result.
 
@@ -36,10 +36,10 @@ def compute_rotary_angles(positions: Tensor, rotary_dim: int, base: float, dtype
 
 @library.custom_op("new_llm::rotary_table", mutates_args=())
 def make_rotary_table(length: int, rotary_dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """cos and sin of the positions from 0 on, [2, length, rotary_dim].
+    """cos and sin of positions 0 … length − 1, [2, length, rotary_dim].
 
-    An operation of its own for `torch.compile`: a compiled layer would compute both again for every number that it
-    rotates. Elsewhere it would import all of torch's compiler.
+    A custom op, so that `torch.compile` can't fuse it into the rotation, where cos and sin would be recomputed for
+    every element. Only compiled code calls it: calling it in eager mode imports torch's whole compiler.
     """
     return _keep_rotary_table(length, rotary_dim, base, dtype, device).clone()
 
@@ -56,7 +56,7 @@ def _(length: int, rotary_dim: int, base: float, dtype: torch.dtype, device: tor
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first dimensions of queries or keys [..., T, K] by cos and sin [..., T, rotary_dim]."""
+    """Rotate the first rotary_dim dimensions of queries or keys [..., T, K] by cos and sin [..., T, rotary_dim]."""
     rotary_dim = cos.shape[-1]
     rotated, passed = x[..., :rotary_dim], x[..., rotary_dim:]
     first, second = rotated.chunk(2, dim=-1)
@@ -68,7 +68,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KeyValueCache:
     """Keys and values of the open segments, [B, heads, capacity + 1, K]; `step` fills them in place.
 
-    The last slot takes what is masked. A slot is always filled before it is read, so none need be cleared.
+    Masked tokens go to the extra slot at the end. Every slot is written before it is read, so slots are never cleared.
     """
 
     keys: Tensor
@@ -76,16 +76,16 @@ class KeyValueCache:
 
 
 class RotarySoftmax:
-    """softmax(q kᵀ / √K) v over the earlier tokens of the segment, positions from 0 at its start.
+    """Causal softmax(q kᵀ / √K) v within a segment, with rotary positions that start at 0 in each segment.
 
     Args:
-        num_heads: heads.
+        num_heads: number of attention heads.
         head_size: K.
-        rotary_pct: share of each head that is rotated.
+        rotary_pct: fraction of each head's dimensions that are rotated.
         rotary_emb_base: base of the rotary wavelengths.
 
     Raises:
-        ValueError: an odd number of dimensions would be rotated.
+        ValueError: the number of rotated dimensions is odd.
     """
 
     def __init__(self, num_heads: int, head_size: int, rotary_pct: float, rotary_emb_base: float) -> None:
@@ -94,15 +94,15 @@ class RotarySoftmax:
         self.rotary_dim = int(head_size * rotary_pct)
         if self.rotary_dim % 2:
             raise ValueError(
-                f"rotary_pct: {rotary_pct} of heads {head_size} wide rotates {self.rotary_dim} dimensions, "
-                "an even number is needed"
+                f"rotary_pct: {rotary_pct} of a head of width {head_size} rotates {self.rotary_dim} dimensions; "
+                "the number must be even"
             )
         self.rotary_emb_base = rotary_emb_base
 
     def rotate(self, x: Tensor, positions: Tensor, shared: dict[Any, Any], name: str = "") -> Tensor:
-        """Rotate queries or keys [B, heads, T, K] to their positions, [T] or [B, 1, T].
+        """Rotate queries or keys [B, heads, T, K] by their positions, [T] or [B, 1, T].
 
-        `shared` keeps the angles of positions with this `name`, for equal layers.
+        Angles are cached in `shared` under `name`, so that layers with the same settings compute them once.
         """
         if not self.rotary_dim:
             return x
@@ -112,7 +112,7 @@ class RotarySoftmax:
         return apply_rotary(x, *shared[name, *settings])
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Whole segments, [B, heads, S, K] each, before rotation."""
+        """Attend within whole segments; q, k and v are [B, heads, S, K], not yet rotated."""
         if self.rotary_dim:
             settings = self.rotary_dim, float(self.rotary_emb_base), q.dtype
             if torch.compiler.is_compiling():
@@ -125,7 +125,7 @@ class RotarySoftmax:
     def attend_step(
         self, q: Tensor, k: Tensor, v: Tensor, opened: KeyValueCache | None, step: Step
     ) -> tuple[Tensor, KeyValueCache]:
-        """New tokens, [B, heads, T, K] each, before rotation: they join the cache and attend to it."""
+        """Add new tokens to the cache and let them attend to it; q, k and v are [B, heads, T, K], not yet rotated."""
         dtype, positions = v.dtype, step.positions.unsqueeze(1)
         q, k = self.rotate(q, positions, step.shared), self.rotate(k, positions, step.shared)
         if q.device.type == "cpu" and q.dtype.itemsize < 4:  # 16-bit attention to few tokens is slow on a CPU
@@ -134,7 +134,7 @@ class RotarySoftmax:
         self.put(cache, k, v, step)
         keys, values = cache.keys[:, :, : step.longest], cache.values[:, :, : step.longest]
         mask = None
-        if step.start is None or q.shape[2] > 1:  # else the only new token attends to all
+        if step.start is None or q.shape[2] > 1:  # otherwise the only new token attends to everything
             if "seen" not in step.shared:
                 seen = torch.arange(step.longest, device=q.device)[None, None, None, :]
                 step.shared["seen"] = seen <= step.positions[:, None, :, None]
@@ -142,20 +142,20 @@ class RotarySoftmax:
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).to(dtype), cache
 
     def put(self, cache: KeyValueCache, k: Tensor, v: Tensor, step: Step) -> None:
-        """Fill the new tokens' slots of a cache, in place."""
+        """Write the new tokens' keys and values into the cache, in place."""
         if step.start is not None:
             cache.keys[:, :, step.start : step.longest] = k
             cache.values[:, :, step.start : step.longest] = v
             return
         slots = step.positions[:, None, :, None]
-        if step.valid is not None:  # masked tokens go to the spare slot at the end, which is never read
+        if step.valid is not None:  # masked tokens go to the extra slot at the end, which is never read
             slots = torch.where(step.valid[:, None, :, None], slots, cache.keys.shape[2] - 1)
         index = slots.expand(-1, k.shape[1], -1, k.shape[3])
         cache.keys.scatter_(2, index, k)
         cache.values.scatter_(2, index, v)
 
     def grow_cache(self, opened: KeyValueCache | None, like: Tensor, step: Step) -> KeyValueCache:
-        """A cache with room for the longest row, in the dtype of `like`: capacity doubles, up to a segment."""
+        """The cache in the dtype of `like`, with room for the longest row; capacity doubles, up to one segment."""
         capacity = 0 if opened is None else opened.keys.shape[2] - 1
         if opened is not None and capacity >= step.longest and opened.keys.dtype == like.dtype:
             return opened
@@ -171,7 +171,7 @@ class RotarySoftmax:
 
 
 class SoftmaxAttention(RotarySoftmax, Attention):
-    """GPT-NeoX's attention, inside the segment."""
+    """GPT-NeoX's attention, within the segment."""
 
     def __init__(self, hidden_size: int, num_heads: int, rotary_pct: float, rotary_emb_base: float) -> None:
         nn.Module.__init__(self)
@@ -181,7 +181,7 @@ class SoftmaxAttention(RotarySoftmax, Attention):
         self.dense = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, hidden: Tensor, memory: Any, segments: Segments) -> tuple[Tensor, LayerMemory | None]:
-        """All segments in one call. Padding is on the right, where causality already hides it."""
+        """See `Layer.forward`. Padding needs no mask: it is on the right, where causal attention never looks."""
         mixed = self.query_key_value(hidden.flatten(0, 1))
         if can_split_heads(mixed):
             settings = self.rotary_dim, float(self.rotary_emb_base), torch.float32
@@ -192,16 +192,16 @@ class SoftmaxAttention(RotarySoftmax, Attention):
         return self.dense(attended.transpose(1, 2).reshape(hidden.shape)), memory
 
     def step(self, hidden: Tensor, opened: Any, memory: Any, step: Step) -> tuple[Tensor, Any]:
-        """Attend to the cache and to the new tokens, which join it."""
+        """See `Layer.step`."""
         mixed, cache = self.attend_step(*self.split(self.query_key_value(hidden)), opened, step)
         return self.dense(mixed.transpose(1, 2).reshape(hidden.shape)), cache
 
     def end_segments(self, opened: Any, memory: Any, ended: Tensor) -> tuple[Any, Any]:
-        """Nothing to write: the next segment overwrites the slots before it reads them."""
+        """See `Layer.end_segments`; nothing to do, since the next segment overwrites slots before it reads them."""
         return opened, memory
 
     def split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values before rotation, [B, T, 3 D] to [B, heads, T, K] each."""
+        """Split the projection [B, T, 3 D] into unrotated queries, keys and values, [B, heads, T, K] each."""
         heads = mixed.unflatten(-1, (self.num_heads, 3 * self.head_size))
         q, k, v = heads.transpose(1, 2).chunk(3, dim=-1)
         return q, k, v
@@ -209,10 +209,10 @@ class SoftmaxAttention(RotarySoftmax, Attention):
 
 @register_layer("pythia")
 class PythiaLayer(Block):
-    """One GPT-NeoX layer, exactly: with the same weights it equals Hugging Face's `GPTNeoXLayer`."""
+    """GPT-NeoX's layer: with the same weights it gives the same output as Hugging Face's `GPTNeoXLayer`."""
 
     can_step_in_place = True
 
     def make_attention(self, options: Any, *sizes: Any) -> SoftmaxAttention:
-        """Softmax inside the segment."""
+        """See `Block.make_attention`."""
         return SoftmaxAttention(*sizes)

@@ -1,7 +1,7 @@
-"""The recurrent memory transformer: vectors that the layers themselves read and write, handed from segment to segment.
+"""The recurrent memory transformer: memory vectors that pass from segment to segment.
 
-What a segment writes comes out of the last layer and goes into the first one of the next segment, so the mechanism is
-one of a whole stack: the stack is a layer here, and the model has no other.
+A segment's memory vectors come out of the last Pythia layer and go into the first one at the next segment. They involve
+the whole stack, so the stack is a single `Layer` here, the only one of its model.
 """
 
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ class RecurrentMemoryOptions:
     """The options of a recurrent memory transformer."""
 
     num_memory_tokens: Annotated[Size, short("--num-memory-tokens")] = 16
-    """m: number of memory vectors before each segment, which it reads, and after it, which it writes."""
+    """m: number of memory vectors placed before each segment to be read, and after it to be written."""
 
 
 @section
 class StackOptions(RecurrentMemoryOptions):
-    """The options of the stack as a layer."""
+    """The options of the stack as a `Layer`."""
 
     num_layers: Annotated[int, Field(gt=0, le=MAX_LAYERS)] = 1
     """Pythia layers in the stack."""
@@ -37,11 +37,11 @@ class StackOptions(RecurrentMemoryOptions):
 
 @dataclass(frozen=True)
 class MemoryVectors(LayerMemory):
-    """The vectors that the last segment wrote, of one text: rows can't share them.
+    """The vectors that the last segment wrote. They belong to a single text, so rows can't share them.
 
     Attributes:
         vectors: [R, m, D].
-        num_segments: segments read, [R], int64; before the first one the learned vectors are read.
+        num_segments: segments read, [R], int64; at 0, the learned initial vectors are read instead of `vectors`.
     """
 
     vectors: Tensor
@@ -52,14 +52,14 @@ class MemoryVectors(LayerMemory):
 
 @register_layer("rmt", options=StackOptions, model_type=False)
 class RecurrentMemoryStack(Layer):
-    """[·; Y_s; W_s] = Layers([M_s; X_s; M_s]), M_{s+1} = LN(W_s): segment s between memory vectors, causally.
+    """[·; Y_s; W_s] = Layers([M_s; X_s; M_s]), M_{s+1} = LN(W_s): causal layers over segment s between memory vectors.
 
-    The vectors in front are read by all tokens; those behind the segment's last token see all of it. M_1 is learned.
-    Source: Recurrent Memory Transformer, arXiv:2207.06881; there without LN, and trained on one segment
-    first and then on more (`data.segment_curriculum`).
+    All tokens of the segment see the vectors in front; the vectors behind see the whole segment. M_1 is learned.
+    Source: Recurrent Memory Transformer, arXiv:2207.06881, which has no LN and trains on one segment first, then on
+    more (here `data.segment_curriculum`).
 
     Args:
-        num_layers: Pythia layers in the stack; the other arguments are theirs.
+        num_layers: number of Pythia layers in the stack; the remaining arguments are theirs.
         num_memory_tokens: m.
     """
 
@@ -89,7 +89,7 @@ class RecurrentMemoryStack(Layer):
         self.memory_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
 
     def empty_memory(self, rows: int, like: Tensor) -> MemoryVectors:
-        """As `Layer.empty_memory`."""
+        """See `Layer.empty_memory`."""
         dtype = torch.promote_types(like.dtype, torch.float32)
         vectors = torch.zeros(rows, self.num_memory_tokens, self.hidden_size, dtype=dtype, device=like.device)
         return MemoryVectors(vectors, torch.zeros(rows, dtype=torch.int64, device=like.device))
@@ -97,7 +97,7 @@ class RecurrentMemoryStack(Layer):
     def forward(
         self, hidden: Tensor, memory: MemoryVectors | None = None, segments: Segments | None = None
     ) -> tuple[Tensor, MemoryVectors]:
-        """As `Layer.forward`; segments run one after another, since each reads what the last layer wrote."""
+        """See `Layer.forward`; segments run one after another, since each reads the previous one's output."""
         segments = segments or Segments()
         batch, num_segments, length, _ = hidden.shape
         before = self.empty_memory(batch, hidden) if memory is None else memory
@@ -110,7 +110,8 @@ class RecurrentMemoryStack(Layer):
             if i + 1 == num_segments and not segments.write_last:
                 outputs.append(self._run(torch.cat((read, x), 1))[:, self.num_memory_tokens :])
                 continue
-            # The vectors to write stand behind each row's last token; what is behind them is padding, which none see.
+            # The vectors to write stand right behind each row's last token. Anything further right is padding, which
+            # causal attention hides from them.
             ends = self.num_memory_tokens + counts[:, i, None]
             places = (ends + torch.arange(self.num_memory_tokens, device=x.device)).unsqueeze(-1).expand_as(read)
             mixed = self._run(torch.cat((read, x, torch.zeros_like(read)), 1).scatter(1, places, read))
@@ -122,7 +123,7 @@ class RecurrentMemoryStack(Layer):
         return torch.stack(outputs, 1), MemoryVectors(vectors, num_segments_read)
 
     def _run(self, x: Tensor) -> Tensor:
-        """All layers, each reading [B, m + S (+ m), D] as one segment."""
+        """Apply all layers to [B, m + S (+ m), D] as one segment."""
         hidden = x.unsqueeze(1)
         for layer in self.layers:
             hidden, _ = cast(Any, layer)(hidden)

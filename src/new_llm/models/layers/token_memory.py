@@ -1,4 +1,4 @@
-"""The token memory: for a context it returns the head's rows of the tokens that followed similar contexts."""
+"""The token memory: recalls which tokens followed similar contexts, as their rows of the head's weight matrix."""
 
 import math
 from dataclasses import dataclass
@@ -31,15 +31,15 @@ class TokenMemoryOptions:
     num_memory_heads: Size = 4
     """Number of memory heads H, each [K, D]."""
     memory_key_size: Annotated[int | None, Field(gt=0, le=MAX_SIZE)] = None
-    """Width K of the keys; None: half of the hidden size."""
+    """Key width K; None: half the hidden size."""
     read_gate_init: float = -1.0
-    """Initial β of the gates g = sigmoid(β + w x); far from 0 they hardly learn."""
+    """Initial β of the gates g = sigmoid(β + w x); gates that start far from β = 0 hardly learn."""
     read_scale_init: float = 30.0
-    """Initial α, the factor of what is read."""
+    """Initial α, the factor by which memory reads are multiplied."""
     query_key_init_scale: Annotated[float, Field(gt=0)] = 1.0
-    """Initial scale of W_q = W_k relative to other weights; larger ones change direction more slowly."""
+    """Initial scale of W_q = W_k relative to other weights; the larger they are, the slower their direction changes."""
     retention_init: Annotated[float, Field(gt=0, lt=1)] = 0.9
-    """Initial w: the share of the memory that is kept when a segment is written."""
+    """Initial w, the share of the memory kept when a segment is written."""
     use_delta_rule: bool = True
     """Write only what the memory does not return yet (v − k M). False: write v."""
 
@@ -51,8 +51,8 @@ class OpenTokens(LayerMemory):
     Attributes:
         change: M minus the decayed M from before the segment, [B, H, K, V].
         norms: Σ k², [B, H, K].
-        num_tokens: tokens read, [B].
-        last_key: the last token's own key, [B, H, K], under which the next token is filed; 0 where there is none.
+        num_tokens: number of tokens read, [B].
+        last_key: the last token's own key, [B, H, K], under which the next token is stored; 0 before the first token.
     """
 
     change: Tensor
@@ -62,16 +62,17 @@ class OpenTokens(LayerMemory):
 
 
 class TokenMemoryAttention(MemoryAttention):
-    """α W_o Σ_h g_h q_h M_h, with M written token by token: M ← M + kᵀ β (v − k M), or kᵀ β v without the delta rule.
+    """α W_o Σ_h g_h q_h M_h, where each token writes M ← M + kᵀ β (v − k M), or M + kᵀ β v without the delta rule.
 
-    Before a segment is written, M ← M₀ + w (M − M₀) with learned M₀ and w: without decay, a memory trained on few
-    segments would meet states in a long text that it has never seen.
+    Queries and keys are projections of the input, normalised to length 1. A token's value is W_v u, where u is its row
+    of the head's weight, normalised to length 1; it is stored under the key of the previous token. A segment reads M as
+    it was before the segment.
 
-    Queries and keys are projections of the input, normalised to length 1. A token's value is W_v u, where u is the
-    head's row for it at length 1; it is filed under the key of the previous token. A segment reads M from before it.
+    Before a segment is written, M ← M₀ + w (M − M₀), with learned M₀ and w. Without this decay, a layer trained on few
+    segments would meet memory states in a long text that it never saw in training.
 
     Args:
-        hidden_size: D, which is V as well.
+        hidden_size: D, which is also V.
         options: sizes and initial values.
     """
 
@@ -98,7 +99,7 @@ class TokenMemoryAttention(MemoryAttention):
 
     @torch.no_grad()
     def initialize_features(self) -> None:
-        """Start with W_k = W_q, values passed unchanged, and for every token β = 1 and the same gate."""
+        """Start with W_k = W_q, W_v = W_o = 1, β = 1, and a gate that does not depend on the token."""
         self.query.weight *= self.query_key_init_scale
         self.key.weight.copy_(self.query.weight)
         for linear in (self.value, self.dense):
@@ -107,17 +108,17 @@ class TokenMemoryAttention(MemoryAttention):
             nn.init.zeros_(linear.weight)
 
     def gate_parameters(self) -> list[nn.Parameter]:
-        """β_g, α and the logits of w."""
+        """The gates' β, α, and the logits of w."""
         return [self.gate, self.read_scale, self.retention]
 
     def undecayed_parameters(self) -> list[nn.Parameter]:
-        """M₀, the memory before any text."""
+        """M₀, the memory's initial state."""
         return [self.initial_memory]
 
     def forward(
         self, hidden: Tensor, memory: MemoryState | None, segments: Segments
     ) -> tuple[Tensor, MemoryState | None]:
-        """Read and write whole segments; see `Layer.forward`."""
+        """See `Layer.forward`."""
         batch, num_segments, length, _ = hidden.shape
         num_writes = num_segments - (not segments.write_last)
         hidden = round_for_products(hidden)
@@ -131,7 +132,7 @@ class TokenMemoryAttention(MemoryAttention):
             schedule, decay = self._plan(before, counts)
             rest = self.initial_memory.to(beta.dtype)
             scan = scan_delta_rule if self.use_delta_rule else scan_plain_rule
-            # a state holds M − M₀, so that an empty one is zero
+            # the state holds M − M₀, so that an empty memory is zero
             reads, change = scan(q, k, v, beta, before.memories[:, 0], rest, decay)
             if num_writes:
                 squares = k.to(beta.dtype).square().sum(-2)
@@ -140,21 +141,22 @@ class TokenMemoryAttention(MemoryAttention):
         return self.dense(reads.to(hidden.dtype)), memory
 
     def _plan(self, memory: MemoryState, counts: Tensor) -> tuple[Schedule, Tensor]:
-        """The writes of segments of `counts` tokens [B, n], and w of each, [B, n, H]; 1 where the segment is empty."""
+        """The schedule for segments of `counts` [B, n] tokens, and each write's w, [B, n, H]; 1 for empty segments."""
         schedule = plan_writes(memory, counts, self.segments_per_memory)
         retained = torch.sigmoid(self.retention.to(memory.memories.dtype))
         return schedule, torch.where((counts > 0).unsqueeze(-1), retained, torch.ones_like(retained))
 
     def compute_gates(self, hidden: Tensor) -> Tensor:
-        """g of each token and head, [..., S, H], float32 at least."""
+        """The gates g of each token and head, [..., S, H], at least float32."""
         return torch.sigmoid(self.gate + self.token_gate(hidden).to(torch.promote_types(hidden.dtype, torch.float32)))
 
     def _project(self, hidden: Tensor, tokens: ReadTokens | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """α g q and k [..., H, S, K] and v [..., S, V] as W_v gives it, but not float16, whose range is too small for a
-        memory; β [..., H, S], float32 at least.
+        """α g q and k, [..., H, S, K]; v, [..., S, V]; β, [..., H, S], at least float32.
+
+        q, k and v have the dtype of W_v's output, but float32 for float16, whose range is too small for a memory.
         """
         if tokens is None:
-            raise ValueError("a token memory needs the head's rows of its tokens: it runs inside a TransformerLM")
+            raise ValueError("a token memory needs token ids and the head's weight: runs only inside a TransformerLM")
         token_rows = F.embedding(tokens.input_ids, tokens.head_weight)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         by_head = (self.num_memory_heads, -1)
@@ -169,7 +171,7 @@ class TokenMemoryAttention(MemoryAttention):
     def step(
         self, hidden: Tensor, opened: OpenTokens | None, memory: MemoryState | None, step: Step
     ) -> tuple[Tensor, OpenTokens]:
-        """More tokens; they read the memory from before the segment, and their writes wait for its end."""
+        """See `Layer.step`; tokens read the memory from before the segment, and writes are added up until its end."""
         hidden = round_for_products(hidden)
         q, k, v, beta = self._project(hidden, step.tokens)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -201,7 +203,7 @@ class TokenMemoryAttention(MemoryAttention):
     def end_segments(
         self, opened: OpenTokens, memory: MemoryState | None, ended: Tensor
     ) -> tuple[OpenTokens, MemoryState]:
-        """Add the ended rows' changes to the memory, and clear them."""
+        """See `Layer.end_segments`."""
         memory = self.empty_memory(len(ended), opened.change) if memory is None else memory
         schedule, decay = self._plan(memory, (opened.num_tokens * ended).unsqueeze(1))
         empty = opened.emptied()
@@ -214,7 +216,7 @@ class TokenMemoryAttention(MemoryAttention):
 def scan_plain_rule(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, change: Tensor, rest: Tensor, decay: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`scan_delta_rule` without the delta: M ← M + kᵀ β v."""
+    """`scan_delta_rule` without the delta rule: M ← M + kᵀ β v."""
     num_segments, num_writes = q.shape[1], k.shape[1]
     values = beta[:, :num_writes].unsqueeze(-1) * v[:, :num_writes].unsqueeze(2)
     states = scan_sums(change, k.to(values.dtype).transpose(-1, -2) @ values, decay[..., None, None])
@@ -223,13 +225,13 @@ def scan_plain_rule(
 
 
 def round_for_products(x: Tensor) -> Tensor:
-    """x as autocast would round it for each product of its own."""
+    """Cast x to autocast's dtype, if autocast is on: once, instead of at each product that takes x."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 class _FileKeys(torch.autograd.Function):
-    """`shift_keys` of the first w segments, laid out segment by segment: [B, n, H, S, K] to [B, w, H, S, K]."""
+    """`shift_keys` for the first w segments, [B, n, H, S, K] to [B, w, H, S, K], with segments outermost in memory."""
 
     @staticmethod
     def forward(ctx: Any, k: Tensor, num_writes: int) -> Tensor:
@@ -243,7 +245,7 @@ class _FileKeys(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         batch, num_writes, heads, length, width = upstream.shape
-        for_k = upstream.new_empty(batch, ctx.num_segments, length, heads, width)  # as projections are laid out
+        for_k = upstream.new_empty(batch, ctx.num_segments, length, heads, width)  # the memory layout of projections
         for_k[:, num_writes:] = 0
         for_k[:, :num_writes, -1] = 0
         for_k[:, :num_writes, :-1] = upstream[..., 1:, :].transpose(2, 3)
@@ -252,20 +254,20 @@ class _FileKeys(torch.autograd.Function):
 
 @register_layer("token_memory", options=TokenMemoryOptions)
 class TokenMemoryLayer(MemoryLayer):
-    """x + α W_o Σ_h g_h q_h M_h between the final LayerNorm and the head: a memory of tokens by their context.
+    """x + α W_o Σ_h g_h q_h M_h between the final LayerNorm and the head: maps contexts to the tokens that followed.
 
-    Keys and queries are projections of the head's input x, values of the head's rows of the tokens read: what is found
-    for a context points towards the tokens that followed similar contexts. The write is DeltaNet's (arXiv:2102.11174,
-    section 4.2, arXiv:2406.06484), token by token; as in Infini-attention (arXiv:2404.07143) a segment reads the memory
-    from before it. The idea is that of the continuous cache (arXiv:1612.04426), which keeps every context; here the
-    memory's size is constant. An empty memory reads the learned M₀.
+    Queries and keys are projections of the head's input x. Values are projections of the tokens' rows of the head's
+    weight, so a read raises the logits of tokens that followed similar contexts. The idea is that of the continuous
+    cache (arXiv:1612.04426), which stores every context; this memory has constant size. It is written token by token
+    as in DeltaNet (arXiv:2102.11174, section 4.2, arXiv:2406.06484), and a segment reads the memory from before it, as
+    in Infini-attention (arXiv:2404.07143). An empty memory returns the learned M₀.
 
     Args:
         hidden_size: D.
         options: fields of `TokenMemoryOptions`.
 
     Raises:
-        ValueError: an option out of range.
+        ValueError: an option is out of range.
     """
 
     index_key: ClassVar[str] = "current_memory_idx"

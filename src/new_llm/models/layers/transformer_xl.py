@@ -1,4 +1,4 @@
-"""The Transformer-XL layer: softmax attention over the segment and the last C tokens' keys and values before it."""
+"""The Transformer-XL layer: softmax attention over the segment and cached keys and values of the C tokens before it."""
 
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
@@ -20,19 +20,19 @@ class TransformerXLOptions:
     """The options of a Transformer-XL layer."""
 
     memory_tokens: Annotated[int, Field(ge=0, le=MAX_SIZE), short("--memory-tokens")] = 64
-    """C: number of earlier tokens whose keys and values are kept; with 0 the layer is Pythia's."""
+    """C: number of earlier tokens whose keys and values are cached; 0: a plain Pythia layer."""
     detach_memory: bool = True
-    """Stop gradients at the segment's border; False: they flow into the keys and values of earlier segments."""
+    """Stop gradients at segment boundaries; False: they flow into the keys and values of earlier segments."""
 
 
 @dataclass(frozen=True)
 class KeyValueMemory(LayerMemory):
-    """Keys and values of the last C tokens, the newest last. They belong to one text: rows can't share them.
+    """Keys and values of the last C tokens, newest last. They belong to a single text, so rows can't share them.
 
     Attributes:
-        keys: before rotation, since positions are relative, [R, heads, C, K].
+        keys: not yet rotated, since positions are relative, [R, heads, C, K].
         values: [R, heads, C, K].
-        num_tokens: how many of the C are there, [R], int64.
+        num_tokens: number of slots that are filled, at most C, [R], int64.
     """
 
     keys: Tensor
@@ -44,18 +44,18 @@ class KeyValueMemory(LayerMemory):
 
 @dataclass(frozen=True)
 class OpenKeys:
-    """Keys, not rotated, and values of the open segments, and how many tokens each row has."""
+    """Unrotated keys and values of the open segments, and each row's number of tokens."""
 
     cache: KeyValueCache
     num_tokens: Tensor
 
 
 class TransformerXLAttention(SoftmaxAttention):
-    """softmax(q kᵀ / √K) v over the earlier tokens of the segment and the C tokens before it.
+    """softmax(q kᵀ / √K) v over the segment so far and the C tokens before the segment.
 
-    Source: Transformer-XL, arXiv:1901.02860, section 3.2, with rotary positions in place of its own: a query and a key
-    are rotated by their places relative to the segment's start, −C … −1 in the memory, so that distances are exact
-    across borders. Where gradients stop, they stop at keys and values; in the paper, at the hidden states below them.
+    Source: Transformer-XL, arXiv:1901.02860, section 3.2, but with rotary positions. Positions count from the segment's
+    start, and cached tokens have −C … −1, so distances are exact across segment boundaries. With `detach_memory` the
+    cached keys and values are detached; the paper detaches the hidden states from which it computes them.
     """
 
     def __init__(self, memory_tokens: int, *sizes: Any, detach_memory: bool) -> None:
@@ -64,7 +64,7 @@ class TransformerXLAttention(SoftmaxAttention):
         self.detach_memory = detach_memory
 
     def empty_memory(self, rows: int, like: Tensor) -> KeyValueMemory:
-        """As `Layer.empty_memory`."""
+        """See `Layer.empty_memory`."""
         shape = (rows, self.num_heads, self.memory_tokens, self.head_size)
         keys = torch.zeros(shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
         return KeyValueMemory(keys, keys, torch.zeros(rows, dtype=torch.int64, device=like.device))
@@ -72,7 +72,7 @@ class TransformerXLAttention(SoftmaxAttention):
     def forward(
         self, hidden: Tensor, memory: KeyValueMemory | None, segments: Segments
     ) -> tuple[Tensor, KeyValueMemory]:
-        """All segments in one call: each is a row of its own, with its memory's keys before its own."""
+        """See `Layer.forward`; all segments run at once, each as a batch row with its C cached tokens in front."""
         batch, num_segments, length, _ = hidden.shape
         before = self.empty_memory(batch, hidden) if memory is None else memory
         q, k, v = self.split(self.query_key_value(hidden.flatten(1, 2)))
@@ -96,13 +96,13 @@ class TransformerXLAttention(SoftmaxAttention):
         return self.dense(mixed), self._keep(past_keys, past_values, before, counts)
 
     def _cut(self, stream: Tensor, own: Tensor, num_segments: int) -> Tensor:
-        """Each segment's C tokens of before and its own, [B n, heads, C + S, K]; gradients flow into `own` alone."""
+        """Each segment, from `own`, with the C tokens before it, from `stream`, in front; [B n, heads, C + S, K]."""
         own = own.unflatten(2, (num_segments, -1))
         past = stream.unfold(2, self.memory_tokens, own.shape[3])[:, :, :num_segments].transpose(-1, -2)
         return torch.cat((past.transpose(1, 2), own.transpose(1, 2)), dim=3).flatten(0, 1)
 
     def _mask(self, held: Tensor, batch: int, hidden: Tensor) -> Tensor:
-        """Which of C + S tokens each of a segment's tokens sees, [B n, 1, S, C + S]; `held` [B or 1] are in memory."""
+        """Attention mask, [B n, 1, S, C + S]; `held` [B or 1] is the number of cached tokens before the call."""
         num_segments, length = hidden.shape[1:3]
         places = torch.arange(-self.memory_tokens, length, device=hidden.device)
         is_earlier = places <= places[self.memory_tokens :].unsqueeze(1)  # [S, C + S]
@@ -112,7 +112,7 @@ class TransformerXLAttention(SoftmaxAttention):
         return mask.expand(batch, -1, -1, -1).flatten(0, 1).unsqueeze(1)
 
     def _keep(self, keys: Tensor, values: Tensor, before: KeyValueMemory, counts: Tensor) -> KeyValueMemory:
-        """The last C of the memory's and `counts` [B] more tokens; `keys` and `values` begin with the memory's."""
+        """The memory after `counts` [B] new tokens; `keys` and `values` hold the cached tokens, then the new ones."""
         places = counts.unsqueeze(1) + torch.arange(self.memory_tokens, device=counts.device)
         index = places[:, None, :, None].expand_as(before.keys)
         return KeyValueMemory(
@@ -124,9 +124,9 @@ class TransformerXLAttention(SoftmaxAttention):
     def step(
         self, hidden: Tensor, opened: OpenKeys | None, memory: KeyValueMemory | None, step: Step
     ) -> tuple[Tensor, OpenKeys]:
-        """Attend to the memory, to the open segment and to the new tokens, which join it."""
+        """See `Layer.step`; the new tokens join the open segment and attend to it and to the memory."""
         q, k, v = self.split(self.query_key_value(hidden))
-        if q.device.type == "cpu" and q.dtype.itemsize < 4:  # as in Pythia's layer
+        if q.device.type == "cpu" and q.dtype.itemsize < 4:  # as in RotarySoftmax.attend_step
             q, k, v = q.float(), k.float(), v.float()
         cache = self.grow_cache(None if opened is None else opened.cache, k, step)
         self.put(cache, k, v, step)
@@ -150,7 +150,7 @@ class TransformerXLAttention(SoftmaxAttention):
     def end_segments(
         self, opened: OpenKeys, memory: KeyValueMemory | None, ended: Tensor
     ) -> tuple[OpenKeys, KeyValueMemory]:
-        """The ended rows' tokens join the memory; the next segment overwrites their slots before it reads them."""
+        """See `Layer.end_segments`; nothing is cleared, since the next segment overwrites slots before reading them."""
         counts = opened.num_tokens * ended
         before = self.empty_memory(len(ended), opened.cache.keys) if memory is None else memory
         keys, values = (
@@ -162,10 +162,10 @@ class TransformerXLAttention(SoftmaxAttention):
 
 @register_layer("transformer_xl", options=TransformerXLOptions)
 class TransformerXLLayer(Block):
-    """A Pythia layer that also attends to the C tokens before the segment, across any number of borders.
+    """A Pythia layer that also attends to the C tokens before the segment, even if C spans several segments.
 
-    Its models are made of such layers alone, as in the paper: through L layers a token sees L · C tokens back.
-    Arguments are those of `Block`.
+    All layers of its models are of this kind, as in the paper, so that L layers reach L · C tokens back.
+    The arguments are `Block`'s.
     """
 
     has_memory = True
@@ -173,9 +173,10 @@ class TransformerXLLayer(Block):
     fills_model: ClassVar[bool] = True
 
     def make_attention(self, options: Any, *sizes: Any) -> SoftmaxAttention:
-        """Softmax over the memory and the segment; without memory that of a Pythia layer."""
+        """See `Block.make_attention`; without memory, the attention of a Pythia layer."""
         self.has_memory, self.passes_gradients = options.memory_tokens > 0, not options.detach_memory
-        attention = SoftmaxAttention(*sizes)  # always made: it draws from the generator, and a seed keeps its weights
+        # built even if unused: it draws random numbers, so skipping it would change a seed's weights
+        attention = SoftmaxAttention(*sizes)
         if not options.memory_tokens:
             return attention
         return TransformerXLAttention(options.memory_tokens, *sizes, detach_memory=options.detach_memory)

@@ -1,9 +1,9 @@
-"""Pure functions; each fast form has a naive twin beside it, written from the equation.
+"""Pure functions. Each fast implementation has a naive twin beside it, written straight from the equation.
 
-`memory`: the reads and writes of one segment. `memory_scan`: the recurrence over the segments of a call. `delta_rule`:
-the rule token by token, inside segments; `gated_delta`: with decay, across them, in a chain of chunks.
-`local_attention`: features, and attention inside a segment. `head_loss`: the head together with its loss. `kernels`:
-what runs compiled.
+`memory`: reads and writes of one segment. `memory_scan`: the recurrence over the segments of a call. `delta_rule`: the
+token-by-token delta rule, where a segment reads the memory from before it. `gated_delta`: the delta rule with decay,
+where each token reads what earlier tokens wrote. `local_attention`: feature maps, and attention within a segment.
+`head_loss`: the head fused with its loss. `kernels`: the compiled implementations.
 """
 
 from new_llm.models.ops.delta_rule import scan_delta_rule, scan_delta_rule_naive, sum_reads, write_delta_rule

@@ -1,17 +1,18 @@
-"""The delta rule token by token, M_t = M_{t−1} + k_tᵀ β_t (v_t − k_t M_{t−1}), where segments read M of before them.
+"""The delta rule token by token, M_t = M_{t−1} + k_tᵀ β_t (v_t − k_t M_{t−1}); a segment reads M from before it.
 
-Source: arXiv:2406.06484, section 3 (the WY form of a product of Householder matrices, Bischof and Van Loan, 1987). In
-a piece of C tokens the rule is a unit lower triangular system: with T = (I + tril(diag(β) K Kᵀ, −1))⁻¹ diag(β) and
-W = Kᵀ T the piece writes M ← M + W (V − K M). W of all pieces of a call is made at once; from piece to piece M passes
-through two products.
+Source: arXiv:2406.06484, section 3 (the WY form of a product of Householder matrices, Bischof and Van Loan, 1987).
+Within a piece of C tokens the rule is a unit lower triangular system: with T = (I + tril(diag(β) K Kᵀ, −1))⁻¹ diag(β)
+and W = Kᵀ T, the piece writes M ← M + W (V − K M). W is computed for all pieces of a call at once; only two products
+per piece are sequential.
 
-M is M₀ + C: a rest, and what text has changed. Before a segment is written C fades, M ← M₀ + w (M − M₀).
+M = M₀ + C: a resting state M₀, and the change C that the text has made. C decays before a segment is written:
+M ← M₀ + w (M − M₀).
 
-On a GPU, where launches are what takes time, C passes through all pieces in one (`chain_chunks`): with U = V − K M₀ the
-piece writes C ← d C + W (U − d K C), where d is w in the first piece of a segment, else 1.
+On a GPU, where kernel launches dominate, one launch takes C through all pieces (`chain_chunks`): with U = V − K M₀, a
+piece writes C ← d C + W (U − d K C), where d is w in a segment's first piece and 1 in the others.
 
-Legend: B rows, n segments, H heads, S tokens of a segment, K and V widths of keys and values, m pieces of C tokens in
-a segment.
+Legend: B rows, n segments, H heads, S tokens per segment, K and V widths of keys and values, m pieces of C tokens per
+segment.
 """
 
 from ctypes import CDLL
@@ -27,15 +28,15 @@ from new_llm.models.ops.gated_delta import add_product, chain_chunks, find_solve
 from new_llm.models.ops.kernels import native
 
 LEAST_STRENGTH = 1e-20
-"""What a smaller β is taken for, so that gradients can be divided by it."""
+"""Lower bound on β, since backward divides by it."""
 PIECE_LENGTH = 64
-"""C at most: the products inside a piece grow with C, the number of steps from piece to piece falls with it."""
+"""Largest C. With longer pieces the products inside a piece grow; with shorter ones there are more sequential steps."""
 
 
 def scan_delta_rule_naive(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, change: Tensor, rest: Tensor, decay: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`scan_delta_rule` from the equation, a token at a time."""
+    """`scan_delta_rule` by its equation, token by token."""
     reads = []
     for index in range(q.shape[1]):
         reads.append((q[:, index] @ (rest + change)).sum(1))
@@ -53,41 +54,42 @@ def scan_delta_rule_naive(
 def scan_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, change: Tensor, rest: Tensor, decay: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Read the memory of before each segment, then let it fade and write the segment.
+    """For each segment: read the memory from before it, decay the memory, and write the segment.
 
-    Products with M are in q's dtype; W is made, and M kept, in that of M. One M is kept for each segment for backward.
+    Products with M are in q's dtype; W is computed, and M held, in M's dtype. For backward, M is kept before each
+    segment and each piece.
 
     Args:
-        q: queries, each head's weighed as its read is to be, [B, n, H, S, K].
-        k: keys, likewise, in q's dtype or M's; 0 where nothing is written.
-        v: values, which all heads write, [B, n, S, V].
-        beta: how much of the error is written, [B, n, H, S]; between 0 and 2 for keys of length 1.
+        q: queries, already multiplied by each head's weight in the read, [B, n, H, S, K].
+        k: keys, [B, n, H, S, K], in q's dtype or M's; 0 where nothing is written.
+        v: values, the same for all heads, [B, n, S, V].
+        beta: share of the error that is written, [B, n, H, S]; between 0 and 2 for keys of length 1.
         change: C before the first segment, [B, H, K, V], float32 or wider.
-        rest: M₀, [H, K, V], likewise.
-        decay: w of each write, [B, w, H], likewise; the first w of the n segments are written.
+        rest: M₀, [H, K, V], in C's dtype.
+        decay: w at each write, [B, w, H], in C's dtype; the first w of the n segments are written.
 
     Returns:
-        Σ_h q_h M_h of each segment [B, n, S, V] in q's dtype, and C after the last write.
+        Σ_h q_h M_h, [B, n, S, V] in q's dtype, and C after the last write.
     """
     num_writes, num_tokens = decay.shape[1], q.shape[3]
     num_pieces = -(-num_tokens // PIECE_LENGTH)
     takes_kernels = kernels.uses_triton(q) and q.shape[-1] * q.element_size() <= kernels.MAX_KEY_BYTES
     k, v, beta = k[:, :num_writes], v[:, :num_writes].to(q.dtype), beta[:, :num_writes]
-    missing = -num_tokens % num_pieces  # tokens that are missing to whole pieces are zero, and so write nothing
+    missing = -num_tokens % num_pieces  # the last piece is padded with zeros, which write nothing
     if missing:
         k, v, beta = F.pad(k, (0, 0, 0, missing)), F.pad(v, (0, 0, 0, missing)), F.pad(beta, (0, missing))
-    # first the segments, then their pieces, so that each is contiguous
+    # segments and pieces come first, so that each piece is contiguous
     keys = k.unflatten(3, (num_pieces, -1)).permute(1, 3, 0, 2, 4, 5).contiguous()
     strengths = beta.unflatten(3, (num_pieces, -1)).permute(1, 3, 0, 2, 4).contiguous()
     values = v.unflatten(2, (num_pieces, -1)).permute(1, 2, 0, 3, 4)
-    queries = q.permute(1, 0, 3, 2, 4).flatten(3)  # all heads' beside one another: one product sums their reads
+    queries = q.permute(1, 0, 3, 2, 4).flatten(3)  # all heads concatenated, so that one product sums their reads
     scan = _chain_pieces if takes_kernels and num_writes else _Scan.apply
     reads, end = scan(queries, keys, strengths, values, change, rest, decay)
     return reads.transpose(0, 1), end if num_writes else change
 
 
 def write_delta_rule(k: Tensor, v: Tensor, beta: Tensor, memory: Tensor) -> Tensor:
-    """What a text's tokens, written one after the other, add to M.
+    """The change of M when tokens are written one after another, [B, H, K, V].
 
     Args:
         k: keys, [B, H, T, K]; 0 where nothing is written.
@@ -104,12 +106,12 @@ def write_delta_rule(k: Tensor, v: Tensor, beta: Tensor, memory: Tensor) -> Tens
 
 
 def sum_reads(queries: Tensor, memory: Tensor) -> Tensor:
-    """Σ_h q_h M_h from all heads' queries beside one another [B, S, H K] and M [B, H, K, V]; [B, S, V]."""
+    """Σ_h q_h M_h, [B, S, V], from the concatenated queries of all heads [B, S, H K] and M [B, H, K, V]."""
     return queries @ memory.flatten(1, 2)
 
 
 def _solve_writes(k: Tensor, beta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """N diag(β) in `dtype`, N = (I + tril(diag(β) K Kᵀ, −1))⁻¹, and K Kᵀ in β's."""
+    """N diag(β) in `dtype`, where N = (I + tril(diag(β) K Kᵀ, −1))⁻¹, and K Kᵀ in β's dtype."""
     k = k.to(beta.dtype)
     products = k @ k.transpose(-1, -2)
     found = find_solver(products)
@@ -121,7 +123,7 @@ def _solve_writes(k: Tensor, beta: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
 def _differentiate_solution(
     below: Tensor, products: Tensor, beta: Tensor, for_writes: Tensor, writes: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Q below the diagonal plus its transpose, and β' = (Σ_k W' ⊙ W − Σ_j Q ⊙ K Kᵀ) / β; Q = −diag(β) A'."""
+    """For Q = −diag(β) A' below the diagonal: Q + Qᵀ, and β' = (Σ_k W' ⊙ W − Σ_j Q ⊙ K Kᵀ) / β."""
     found = find_solver(products)
     if found is not None:
         return native.solve_chunks_backward(found, below, products, beta, for_writes, writes)
@@ -131,7 +133,7 @@ def _differentiate_solution(
 
 
 def _fade(memory: Tensor, rest: Tensor, retained: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """M₀ + w (M − M₀) in `dtype`, of [B, H, K, V], [H, K, V] and [B, H]; w None: 1."""
+    """M₀ + w (M − M₀) in `dtype`, for M [B, H, K, V], M₀ [H, K, V] and w [B, H] (None: 1)."""
     found = _find_movers(memory, dtype)
     if found is not None:
         narrow = torch.empty_like(memory, dtype=dtype)
@@ -141,7 +143,7 @@ def _fade(memory: Tensor, rest: Tensor, retained: Tensor | None, dtype: torch.dt
 
 
 def _write(memory: Tensor, rest: Tensor, retained: Tensor | None, product: Tensor) -> tuple[Tensor, Tensor]:
-    """M₀ + w (M − M₀) + P, in M's dtype and in P's."""
+    """M₀ + w (M − M₀) + P, once in M's dtype and once in P's."""
     found = _find_movers(memory, product.dtype)
     if found is not None:
         narrow = torch.empty_like(product)
@@ -161,7 +163,11 @@ def _retreat(
     for_retained: Tensor | None,
     for_rest: Tensor,
 ) -> Tensor:
-    """G ← w (G − P) + R in place, returned in the dtype of M; w' = Σ (M − M₀) (G − P), M₀' grows by (1 − w) (G − P)."""
+    """The backward of `_write`: G ← w (G − P) + R in place; also returned, in M's dtype.
+
+    w' = Σ (M − M₀) (G − P) goes to `for_retained`, and (1 − w) (G − P) is added to `for_rest`. P is `product`, R is
+    `added`.
+    """
     found = _find_movers(g, memory.dtype)
     if found is not None:
         narrow = g if memory.dtype == g.dtype else torch.empty_like(memory)
@@ -179,7 +185,7 @@ def _retreat(
 
 
 def _find_movers(memory: Tensor, dtype: torch.dtype) -> CDLL | None:
-    """The C kernels, if they change memories such as this one by products of this dtype."""
+    """The C kernels, if they support this memory with products of this dtype."""
     if memory.dtype == torch.float32 and dtype in native.SUFFIXES:
         return native.find_kernels(memory)
     return None
@@ -188,7 +194,7 @@ def _find_movers(memory: Tensor, dtype: torch.dtype) -> CDLL | None:
 def _chain_pieces(
     q: Tensor, k: Tensor, beta: Tensor, v: Tensor, change: Tensor, rest: Tensor, decay: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What `_Scan` makes, by the kernels of a GPU; arguments as there."""
+    """The same as `_Scan`, with GPU kernels; arguments as in `_Scan.forward`."""
     dtype, num_pieces, k = q.dtype, k.shape[1], k.to(change.dtype)
     solved = invert(beta.unsqueeze(-1) * (k @ k.transpose(-1, -2))) * beta.unsqueeze(-2)  # N diag(β)
     keys = k.to(dtype)
@@ -204,19 +210,21 @@ def _chain_pieces(
 
 
 class _Scan(torch.autograd.Function):
-    """W of all pieces, the recurrence from piece to piece, and the reads.
+    """W of all pieces, the recurrence over pieces, and the reads.
 
-    Going back through the recurrence, with G = ∂L/∂M behind a piece and E = V − K M: E' = Wᵀ G, W' = G Eᵀ,
-    K' = −E' Mᵀ and G ← G − Kᵀ E'. Through W = Kᵀ N diag(β), N = (I + A)⁻¹, A = tril(diag(β) K Kᵀ, −1): with
-    Z = N diag(β) W'ᵀ, K' = Z and diag(β) A' = −Wᵀ Zᵀ below the diagonal.
+    Backward through the recurrence, with G = ∂L/∂M after a piece and E = V − K M: E' = Wᵀ G, W' = G Eᵀ, K' = −E' Mᵀ and
+    G ← G − Kᵀ E'. Backward through W = Kᵀ N diag(β), with N = (I + A)⁻¹ and A = tril(diag(β) K Kᵀ, −1): let
+    Z = N diag(β) W'ᵀ; then K' = Z and diag(β) A' = −Wᵀ Zᵀ below the diagonal. A prime marks a gradient.
     """
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, beta: Tensor, v: Tensor, change: Tensor, rest: Tensor, decay: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """q [n, B, S, H K]; k [w, m, B, H, C, K]; beta [w, m, B, H, C] in M's dtype; v [w, m, B, C, V]; others as in
-        `scan_delta_rule`. Returns the reads [n, B, S, V] and C after the last write.
+        """Reads [n, B, S, V] and C after the last write.
+
+        q [n, B, S, H K]; k [w, m, B, H, C, K]; beta [w, m, B, H, C] in M's dtype; v [w, m, B, C, V]; the others as in
+        `scan_delta_rule`.
         """
         num_writes, num_pieces, dtype = *k.shape[:2], q.dtype
         beta, rest = beta.clamp(min=LEAST_STRENGTH), rest.contiguous()
@@ -228,7 +236,7 @@ class _Scan(torch.autograd.Function):
         steps = [t.flatten(2, 3).flatten(0, 1) for t in (keys, writes, errors)]  # [w m, B H, …]
         reads = q.new_empty(*q.shape[:3], v.shape[-1])
         held = rest + change
-        states, pieces = [held.to(dtype)], []  # M before each segment, and as each piece finds it
+        states, pieces = [held.to(dtype)], []  # M before each segment, and before each piece
         for index, query in enumerate(q):
             torch.bmm(query, states[-1].flatten(1, 2), out=reads[index])
             if index >= num_writes:
@@ -275,5 +283,5 @@ class _Scan(torch.autograd.Function):
         below = writes.transpose(-1, -2) @ through.transpose(-1, -2)  # −diag(β) A'
         symmetric, for_beta = _differentiate_solution(below, products, beta, for_writes, writes)
         for_k = add_product(through, symmetric, keys, sign=-1).sub_(for_k)
-        for_v = reduce(torch.add, for_errors.unbind(3))  # in 16 bits several times faster than `sum`
+        for_v = reduce(torch.add, for_errors.unbind(3))  # several times faster than `sum` in 16 bits
         return for_q, for_k.to(k.dtype), for_beta, for_v, g, (for_rest + g).sum(0), for_retained.transpose(0, 1)

@@ -2,13 +2,13 @@
 
 Source: Gated DeltaNet, arXiv:2412.06464, eq. 10 and section 3.3; the chunked form is arXiv:2406.06484's, section 3.
 
-In a chunk of C tokens the rule is a unit lower triangular system. With g_t = Σ_{i≤t} log α_i from the chunk's start,
-A_ij = β_i e^{g_i − g_j} (k_i · k_j) for j < i, T = (I + A)⁻¹ diag(β) and S_tj = e^{g_t − g_j} (q_t · k_j) for j ≤ t,
-what is written is U = T (V − L M) with L = e^g K, and
+Within a chunk of C tokens the rule is a unit lower triangular system. Let g_t = Σ_{i≤t} log α_i from the chunk's start,
+A_ij = β_i e^{g_i − g_j} (k_i · k_j) for j < i, T = (I + A)⁻¹ diag(β), S_tj = e^{g_t − g_j} (q_t · k_j) for j ≤ t, and
+L = e^g K. The chunk writes U = T (V − L M), so that
 
     reads = S T V + (e^g Q − S T L) M,    M ← e^{g_C} M + Rᵀ (V − L M),    R = Tᵀ e^{g_C − g} K.
 
-Everything but M is made for all chunks at once; from chunk to chunk M passes through two products, `chain_chunks`:
+Everything but M is computed for all chunks at once. Only two products per chunk are sequential, in `chain_chunks`:
 M_{i+1} = d_i M_i + R_iᵀ E_i with E_i = V_i − L_i M_i.
 
 Legend: B rows, T tokens, H heads, K and V widths of keys and values, n chunks of C tokens.
@@ -30,18 +30,18 @@ from new_llm.models.ops.kernels import native
 from new_llm.models.ops.memory import sum_prefixes
 
 CHUNK_LENGTH = 32
-"""C on a CPU: longer chunks mean fewer steps, but more products inside; measured."""
+"""C on a CPU, found by measurement: longer chunks mean fewer steps, but more work inside a chunk."""
 GPU_CHUNK_LENGTH = 64
-"""C on a GPU, where the length of the chain is what takes time."""
+"""C on a GPU, where the number of sequential steps dominates."""
 FLA_KEY_SIZE = 256
-"""K at most that flash-linear-attention's kernel takes."""
+"""Largest K that flash-linear-attention's kernel supports."""
 HAS_FLA = find_spec("fla") is not None and find_spec("triton") is not None
 
 
 def gated_delta_rule_naive(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, memory: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`gated_delta_rule` from its equation, a token at a time."""
+    """`gated_delta_rule` by its equation, token by token."""
     reads = []
     for t in range(q.shape[2]):
         memory = log_decay[:, :, t, None, None].exp() * memory
@@ -55,22 +55,22 @@ def gated_delta_rule_naive(
 def gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, memory: Tensor, *, num_written: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Read and write one memory token by token; each token reads it after its own write.
+    """Read and write one memory token by token; each token reads after its own write.
 
-    In 16 bits on a GPU flash-linear-attention (fla) runs where it can, `uses_fla`. Elsewhere chunks: with Triton on a
-    GPU in bfloat16, with M in float32; else in M's precision.
+    In 16 bits on a GPU this runs flash-linear-attention (fla) if `uses_fla` allows. Otherwise it runs in chunks: with
+    Triton in bfloat16 on a GPU, M in float32; anywhere else in M's precision.
 
     Args:
-        q: queries, [B, H, T, K], scaled as they are to be read.
-        k: keys of length 1 at most, so that the rule is stable, [B, H, T, K].
+        q: queries, [B, H, T, K], already scaled.
+        k: keys, [B, H, T, K], of length at most 1, which keeps the rule stable.
         v: values, [B, H, T, V].
-        beta: β between 0 and 2, [B, H, T]; 0 where nothing is written.
-        log_decay: log α ≤ 0, [B, H, T]; 0 keeps everything.
+        beta: β between 0 and 2, [B, H, T]; 0: the token is not written.
+        log_decay: log α ≤ 0, [B, H, T]; 0: no decay.
         memory: M before the first token, [B, H, K, V], float32 or wider.
-        num_written: tokens after which the returned memory is taken; None: all.
+        num_written: number of tokens that the returned memory contains; None: all.
 
     Returns:
-        Reads [B, H, T, V] in v's dtype, and M.
+        Reads [B, H, T, V] in v's dtype, and M after `num_written` tokens.
     """
     num_tokens, parts = q.shape[2], (q, k, v, beta, log_decay)
     written = num_tokens if num_written is None else num_written
@@ -82,17 +82,17 @@ def gated_delta_rule(
     if takes_fla:
         reads, end = _run_fla(*parts, memory=memory)
         return reads, end if written else memory
-    if num_tokens == 1:  # as when text is generated: the rule itself is faster than a chunk
+    if num_tokens == 1:  # in generation; the plain rule is faster than a chunk
         reads, end = gated_delta_rule_naive(*(t.to(memory.dtype) for t in parts), memory=memory)
         return reads.to(v.dtype), end if written else memory
     return _run_chunks(*parts, memory=memory, chunk=min(chunk, num_tokens), written=written)
 
 
 def uses_fla(v: Tensor, width: int) -> bool:
-    """Whether flash-linear-attention's kernel takes values such as these with keys of this width.
+    """Whether flash-linear-attention's kernel supports values like `v` with keys of this width.
 
-    Its backward raises an error with Triton 3.4 to 3.7.0 from compute capability 9.0 on, where that compiler's code for
-    it is wrong (fla 0.6, `chunk_bwd_dqkwg`; issue 640 there). Its functions can't be compiled into a graph.
+    False with Triton 3.4 to 3.7.0 on compute capability 9.0 and up: Triton miscompiles the kernel's backward there, and
+    fla 0.6 raises an error (`chunk_bwd_dqkwg`; fla issue 640). False under `torch.compile`, which can't trace fla.
     """
     if not (HAS_FLA and v.is_cuda and v.dtype.itemsize < 4 and width <= FLA_KEY_SIZE) or torch.compiler.is_compiling():
         return False
@@ -109,7 +109,7 @@ def _run_chunks(
         dtype = wide
 
     def cut(x: Tensor, dtype: torch.dtype = wide) -> Tensor:
-        """[B, H, T, …] to [n, B H, C, …]; tokens that are missing to a whole chunk are zero, and so write nothing."""
+        """[B, H, T, …] to [n, B H, C, …]; the last chunk is padded with zeros, which write nothing."""
         x = x.to(dtype)
         if missing := -num_tokens % chunk:
             x = F.pad(x, (0, 0) * (x.dim() - 3) + (0, missing))
@@ -135,7 +135,7 @@ def _run_chunks(
 
 
 def _run_fla(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-    """fla's kernel, which wants [B, T, H, …] and one dtype of q, k and v."""
+    """Run fla's kernel, which needs [B, T, H, …] and the same dtype for q, k and v."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # pyright: ignore[reportMissingImports]
 
     q, k, v, beta, log_decay = (
@@ -147,13 +147,13 @@ def _run_fla(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, m
     return reads.transpose(1, 2), memory
 
 
-# What the token-by-token delta rules share: the inverse of a chunk's system, and the chain from chunk to chunk. Both
-# have kernels on a GPU, the chain one launch for all chunks. In 16 bits products are those of 16-bit numbers, summed in
-# float32, and M is float32. G: groups, a row's head each.
+# Shared by the token-by-token delta rules: the inverse of a chunk's system, and the chain from chunk to chunk. Both
+# have GPU kernels; the chain takes one launch for all chunks. In 16 bits, products of 16-bit numbers are summed in
+# float32, and M is float32. G is the number of groups, one per row and head.
 
 
 def invert(coefficients: Tensor) -> Tensor:
-    """N = (I + A)⁻¹ of what stands below the diagonals of `coefficients` [..., C, C], float32 or wider."""
+    """N = (I + A)⁻¹, where A is `coefficients` [..., C, C] below the diagonal, float32 or wider."""
     return (compiled_invert if torch.compiler.is_compiling() else _Inverse.apply)(coefficients)
 
 
@@ -164,12 +164,12 @@ def _invert(coefficients: Tensor) -> Tensor:
     if found is not None:
         return native.solve_chunks(found, coefficients.contiguous(), None, coefficients.dtype)
     units = torch.eye(coefficients.shape[-1], dtype=coefficients.dtype, device=coefficients.device)
-    units = units.expand_as(coefficients)  # the solver never looks at the diagonal, nor at what is above it
+    units = units.expand_as(coefficients)  # the solver never reads the diagonal or anything above it
     return torch.linalg.solve_triangular(coefficients, units, upper=False, unitriangular=True).contiguous()
 
 
 def find_solver(products: Tensor) -> CDLL | None:
-    """The C kernels, if they solve chunks such as these, [..., C, C]."""
+    """The C kernels, if they support chunks [..., C, C] like `products`."""
     if products.dtype == torch.float32 and products.shape[-1] <= native.MAX_CHUNK:
         return native.find_kernels(products.contiguous())
     return None
@@ -206,15 +206,15 @@ def chain_chunks(
     """M_{i+1} = d_i M_i + R_iᵀ (V_i − L_i M_i) for i = 0 … n − 1.
 
     Args:
-        left: L, [n, G, C, K], in M's dtype or a narrower one, that of all products.
-        right: R, likewise.
-        values: V, [n, G, C, V], likewise.
+        left: L, [n, G, C, K]. Its dtype, M's or a narrower one, is that of all products.
+        right: R, [n, G, C, K], in L's dtype.
+        values: V, [n, G, C, V], in L's dtype.
         decay: d, [n, G], in M's dtype.
         memory: M_0, [G, K, V], float32 or wider.
-        num_written: chunks after which the returned M is taken.
+        num_written: number of chunks that the returned M contains.
 
     Returns:
-        M before each chunk, [n, G, K, V] in the products' dtype, and M after `num_written` chunks.
+        M before each chunk, [n, G, K, V] in L's dtype, and M after `num_written` chunks.
     """
     chain = compiled_chain if torch.compiler.is_compiling() else _Chain.apply
     states, kept, _ = chain(left, right, values, decay, memory, num_written)
@@ -256,8 +256,8 @@ def _retreat(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of L, R, V, d and M_0.
 
-    With G = ∂L/∂M behind a chunk: E' = R G, L' = −E' Mᵀ, R' = E Gᵀ, d' = Σ M ⊙ G, and before it
-    G ← d G − Lᵀ E' + what the reads of M give.
+    Let G be the gradient of the loss with respect to M after a chunk. Then E' = V' = R G, L' = −E' Mᵀ, R' = E Gᵀ and
+    d' = Σ M ⊙ G. Before the chunk, G ← d G − Lᵀ E' + `for_states`, the gradient from the reads of M.
     """
     g = torch.zeros_like(for_kept, memory_format=torch.contiguous_format)
     above = torch.empty_like(states)
@@ -292,7 +292,7 @@ def _launch(
     decay: Tensor,
     added: Tensor | None,
 ) -> Tensor:
-    """The kernel of segments with the delta rule, for which a chunk is a segment, on the one row of all groups."""
+    """Run the kernel of `memory_scan`'s delta rule, with chunks as its segments and groups as the heads of one row."""
     slots = torch.zeros(1, len(left), dtype=torch.int64, device=left.device)
     found = states.unsqueeze(0) if values is None else states[None, :, :, None]
     return kernels.load_triton().write_with_delta(
@@ -309,7 +309,7 @@ def _launch(
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, sign: int = 1) -> Tensor:
-    """total ± a b, in the dtype of `total`, from a and b in that dtype or a narrower one."""
+    """total ± a b in the dtype of `total`; a and b have that dtype or a narrower one."""
     if total.dtype == a.dtype:
         added = torch.baddbmm(total.flatten(0, -3), a.flatten(0, -3), b.flatten(0, -3), alpha=sign)
         return added.view_as(total)
@@ -350,7 +350,7 @@ compiled_chain.register_autograd(partial(_differentiate_chain, _compiled_retreat
 
 
 class _Chain(torch.autograd.Function):
-    """`chain_chunks` with its derivatives."""
+    """`chain_chunks` with its backward."""
 
     forward = staticmethod(_advance)
     setup_context = staticmethod(_keep_chain)

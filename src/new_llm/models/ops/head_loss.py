@@ -1,12 +1,12 @@
-"""The head and its loss in one operation that never holds the logits of all rows.
+"""The head and its loss in one operation, which never holds the logits of all rows at once.
 
 Legend: N rows, D hidden size, Z vocabulary. ℓ_i = w_i (logsumexp_z x_iz − x_i,t(i)) with x = h Wᵀ, and
 ∂ℓ_i/∂x_iz = w_i (softmax(x_i)_z − [z = t(i)]). Source of the method: Cut Your Losses in Large-Vocabulary Language
 Models, arXiv:2411.09009, section 3; Liger Kernel, arXiv:2410.10989, section 3.2.
 
-Rows are taken in chunks: a chunk's logits are made, turned into losses and, in place, into their gradients, and used up
-before the next chunk's are made. Under autocast the products are in its dtype; losses, sums over the vocabulary and the
-sum of the head's gradient over chunks are float32.
+Rows are processed in chunks. A chunk's logits are computed, turned into losses and, in place, into their gradients, and
+consumed before the next chunk starts. Under autocast the products are in its dtype; losses, sums over the vocabulary
+and the sum of the head's gradient over chunks are float32.
 """
 
 import itertools
@@ -21,18 +21,18 @@ from new_llm.models.ops import kernels
 from new_llm.models.ops.kernels import native
 
 CHUNK_ROWS = 1024
-"""Rows of logits held at once on a CPU. With 50,304 words in bfloat16 they take 103 MB; fewer rows add up the head's
-gradient more often, at an eighth of the time of the product itself."""
+"""Rows of logits held at once on a CPU: 103 MB with 50,304 words in bfloat16. With fewer rows the head's gradient is
+accumulated more often, each time at an eighth of the cost of the product itself."""
 ROW_MULTIPLE = 128
-"""Where rows without a target are left out, those that are kept are filled up to a multiple of this: for every new
-number of rows of a 16-bit product oneDNN keeps about half a megabyte of code."""
+"""If rows without a target are dropped, the rest are padded to a multiple of this: oneDNN generates and keeps about
+half a megabyte of code for every new number of rows of a 16-bit product."""
 MIN_WIDE_BYTES = 4
 GRADIENT_BLOCK = 2**21
-"""Numbers of the head's gradient that a CPU makes of a chunk before it adds them, so that they stay in the cache."""
+"""Elements of a chunk's head gradient that a CPU computes before adding them to the sum, so that they stay in cache."""
 TRITON_LOGITS = (torch.bfloat16, torch.float16, torch.float32)
-"""The dtypes of logits that the Triton kernel scores."""
+"""The dtypes of logits that the Triton kernel supports."""
 MIN_NATIVE_LOGITS = 2**20
-"""Logits of a chunk from which the compiled kernel is used; below, it would save nothing."""
+"""Smallest chunk, in logits, for which the C kernel is used; for smaller ones it saves nothing."""
 
 
 def linear_cross_entropy_naive(
@@ -59,32 +59,32 @@ def linear_cross_entropy(
     reduction: Literal["none", "sum"] = "none",
     chunk_rows: int | None = None,
 ) -> Tensor:
-    """−w log softmax(h Wᵀ)[target] of every row, or its sum; the logits of all rows are never held.
+    """−w log softmax(h Wᵀ)[target] for every row, or the sum, without ever holding the logits of all rows.
 
-    `sum` is the form to train with: its gradients are made beside the losses, and only scaled by the gradient that
-    comes from above. With `none` that gradient may differ a row, so backward makes the logits once more. Second
-    derivatives are refused.
+    Train with `sum`: its gradients are computed along with the losses, and backward only scales them by the upstream
+    gradient. With `none` the upstream gradient may differ per row, so backward recomputes the logits. There is no
+    second derivative.
 
     Args:
         hidden: h, [N, D].
         weight: W, [Z, D].
-        targets: [N], integers; -100 asks for no prediction, and its row has loss and gradient 0.
-        label_weights: w, [N], which takes no gradient; None: 1.
+        targets: [N], integers; a row with target -100 has loss and gradient 0.
+        label_weights: w, [N]; gets no gradient; None: 1.
         reduction: `none` or `sum`.
         chunk_rows: rows of logits held at once; None: `CHUNK_ROWS`, or on a GPU as many as `limit_bytes` allows.
 
     Returns:
-        [N] or one number, in nats, float32 or wider.
+        [N] or a scalar, in nats, float32 or wider.
 
     Raises:
-        ValueError: shapes that do not fit, another reduction, or (on a CPU, where it costs no synchronisation) a target
-            outside the vocabulary.
+        ValueError: shapes do not match, the reduction is unknown, or a target is outside the vocabulary. Targets are
+            checked only on a CPU; on a GPU that would synchronise.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}: [N, D] and [Z, D] are needed")
+        raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}: must be [N, D] and [Z, D]")
     for name, tensor in (("targets", targets), ("label_weights", label_weights)):
         if tensor is not None and tensor.shape != hidden.shape[:1]:
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)}; [{len(hidden)}] is needed, one per row")
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)} must be ({len(hidden)},), one per row")
     if reduction not in ("none", "sum"):
         raise ValueError(f"reduction: {reduction!r} is neither 'none' nor 'sum'")
     if chunk_rows is not None and chunk_rows < 1:
@@ -93,15 +93,15 @@ def linear_cross_entropy(
     if targets.device.type == "cpu":
         wrong = ~is_ignored & ((targets < 0) | (targets >= len(weight)))
         if bool(wrong.any()):
-            raise ValueError(f"targets: {int(targets[wrong][0])} is no row of the weight; 0 to {len(weight) - 1} are")
+            raise ValueError(f"targets: {int(targets[wrong][0])} is not in the vocabulary, 0 to {len(weight) - 1}")
     targets = targets.to(torch.int64).masked_fill(is_ignored, -1)
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
     num_rows, kept = len(targets), None
-    if hidden.device.type == "cpu" and bool((targets < 0).any()):  # elsewhere to ask would be to wait for the device
+    if hidden.device.type == "cpu" and bool((targets < 0).any()):  # on a GPU the check would synchronise
         kept = (targets >= 0).nonzero().squeeze(1)
-        # A row more than once, without a target: it takes no part, and every product has a number of rows seen before.
+        # Pad with copies of one row, given no target: they have no effect, and products come in fewer sizes.
         missing = -len(kept) % ROW_MULTIPLE if dtype.itemsize < MIN_WIDE_BYTES and len(kept) else 0
         rows = torch.cat([kept, kept[:1].expand(missing)])
         hidden = hidden[rows]
@@ -125,9 +125,10 @@ def linear_cross_entropy(
 
 
 def score_logits(logits: Tensor, targets: Tensor, weights: Tensor | None, *, write_gradients: bool) -> Tensor:
-    """Losses [n] of rows of logits [n, Z], float32 or wider; with `write_gradients` ∂ℓ/∂x replaces the logits.
+    """Losses [n], float32 or wider, of rows of logits [n, Z].
 
-    What the logits hold afterwards is undefined otherwise. Targets below 0 have no loss; weights are w, [n] (None: 1).
+    With `write_gradients` the logits are overwritten by ∂ℓ/∂x; without, they are undefined afterwards. Targets below 0
+    have no loss; weights are w, [n] (None: 1).
     """
     compiled = native.find_kernels(logits) if logits.numel() >= MIN_NATIVE_LOGITS else None
     if compiled is not None:
@@ -140,7 +141,7 @@ def score_logits(logits: Tensor, targets: Tensor, weights: Tensor | None, *, wri
     scale = is_wanted.to(wide) if weights is None else weights.to(wide) * is_wanted
     log_probabilities = torch.log_softmax(logits, -1, dtype=wide)
     losses = -log_probabilities.gather(1, index).squeeze(1) * scale
-    losses = torch.where(is_wanted, losses, 0)  # whatever the logits of a row without a target are
+    losses = torch.where(is_wanted, losses, 0)  # 0 without a target, even if that row's logits are NaN
     if write_gradients:
         gradients = log_probabilities.exp_()
         gradients.scatter_add_(1, index, gradients.new_full((1, 1), -1.0).expand_as(index))
@@ -149,11 +150,11 @@ def score_logits(logits: Tensor, targets: Tensor, weights: Tensor | None, *, wri
     return losses
 
 
-_Settings = tuple[torch.dtype, int]  # the dtype of the products, and the rows of a chunk
+_Settings = tuple[torch.dtype, int]  # the dtype of the products, and the number of rows per chunk
 
 
 class _SummedLoss(torch.autograd.Function):
-    """Σ ℓ: gradients are made in forward, as if the gradient from above were 1, and scaled in backward."""
+    """Σ ℓ: forward computes the gradients for an upstream gradient of 1, and backward scales them."""
 
     @staticmethod
     def forward(
@@ -162,7 +163,7 @@ class _SummedLoss(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, targets, label_weights)
         ctx.settings = settings
         losses, gradients = _differentiate(hidden, weight, targets, label_weights, settings, ctx.needs_input_grad[:2])
-        # not saved: backward scales them in place and hands them on, so that there never is a second copy
+        # kept outside save_for_backward, so that backward can scale and return them without a second copy
         ctx.gradients = gradients
         return losses.sum()
 
@@ -183,7 +184,7 @@ class _SummedLoss(torch.autograd.Function):
 
 
 class _RowLosses(torch.autograd.Function):
-    """ℓ of each row: backward makes the logits once more, with w times the gradient from above as the weights."""
+    """ℓ of each row: backward recomputes the logits, with w times the upstream gradient as the weights."""
 
     @staticmethod
     def forward(
@@ -211,7 +212,7 @@ def _differentiate(
     settings: _Settings,
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
-    """Losses [N] and the gradients of their sum: ∂x W a chunk, and Σ ∂xᵀ h, which is summed in float32 or wider."""
+    """Losses [N], and the gradients of their sum: ∂x W for `hidden`, and Σ ∂xᵀ h, summed at least in float32, for W."""
     dtype, chunk_rows = settings
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head = weight.to(dtype)
@@ -234,7 +235,7 @@ def _differentiate(
 
 
 def _add_product(total: Tensor, gradients: Tensor, hidden: Tensor, *, is_first: bool) -> None:
-    """total [Z, D] += gradients [n, Z]ᵀ hidden [n, D]; the first product replaces what total holds."""
+    """total [Z, D] += gradients [n, Z]ᵀ hidden [n, D]; with `is_first`, `=` instead of `+=`."""
     num_blocks = -(-total.numel() // GRADIENT_BLOCK) if total.device.type == "cpu" else 1
     for gradient, block in zip(gradients.chunk(num_blocks, dim=1), total.chunk(num_blocks), strict=True):
         part = gradient.t() @ hidden
@@ -245,7 +246,7 @@ def _add_product(total: Tensor, gradients: Tensor, hidden: Tensor, *, is_first: 
 
 
 def _cut(num_rows: int, chunk_rows: int) -> list[slice]:
-    """Ranges of rows of nearly equal size, so that none is a small rest."""
+    """Cut the rows into chunks of nearly equal size, so that there is no small last one."""
     num_chunks = -(-num_rows // chunk_rows)
     edges = [number * num_rows // num_chunks for number in range(num_chunks)] + [num_rows]
     return [slice(begin, end) for begin, end in itertools.pairwise(edges)]

@@ -1,7 +1,7 @@
-"""Causal attention inside one segment: linear, as memory layers have it, and softmax, as Pythia layers do.
+"""Causal attention within one segment: linear for memory layers, softmax for Pythia layers.
 
-Legend: B rows, H heads, S tokens of the segment, K key width, V value width. Linear attention takes features σ(q) and
-σ(k), not raw queries and keys: a layer maps them once and uses them twice, here and in the memory.
+Legend: B rows, H heads, S tokens per segment, K key width, V value width. Linear attention takes features σ(q) and σ(k)
+instead of raw queries and keys, so that a layer computes them once for local attention and memory.
 """
 
 from collections.abc import Iterator
@@ -17,40 +17,38 @@ from new_llm.models.ops.kernels import native
 from new_llm.models.ops.memory import sum_outer_products, sum_prefixes
 
 BLOCK_QUERIES = 256
-"""Queries of a block of softmax attention at most."""
+"""Largest number of queries in a block of softmax attention."""
 BLOCK_SCORES = 2**22
-"""Scores made at once, so that they stay in a cache; with more, fewer rows of the batch are taken together."""
+"""Scores computed at once, so that they stay in cache; decides how many batch rows are processed together."""
 MIN_SCORES = 2**18
-"""Scores of all heads from which the fast form of softmax attention is used; below, it would save nothing."""
+"""Smallest number of scores, over all rows and heads, for which the fast softmax attention is used; for fewer it saves
+nothing."""
 
 # Linear attention
 
 
 def feature_map(x: Tensor) -> Tensor:
-    """σ(x) = ELU(x) + 1, which is x + 1 above 0 and exp(x) below; always positive.
+    """σ(x) = ELU(x) + 1: x + 1 above 0 and exp(x) below, always positive.
 
-    Written as exp(min(x, 0)) + max(x, 0): without the detour over exp(x) − 1, which in 16 bits would round small
-    features to 0, and with slope 1 at 0.
+    Computed as exp(min(x, 0)) + max(x, 0). Computing ELU first would go through exp(x) − 1, which in 16 bits rounds
+    small features to 0.
     Source: Katharopoulos et al., arXiv:2006.16236, eq. 7.
 
     Args:
-        x: queries or keys, any shape; 16-bit values are mapped in float32 and rounded once.
-
-    Returns:
-        The same shape and dtype.
+        x: queries or keys, of any shape; 16-bit values are mapped in float32 and rounded once.
     """
     return _FeatureMap.apply(x)
 
 
 LEAST_NORM = 1e-12
-"""What shorter vectors are taken to be as long as, when they are divided by their length."""
+"""Lower bound on the length that a vector is divided by."""
 
 
 def map_features(x: Tensor, kind: str) -> Tensor:
     """Features of queries or keys: "elu", σ(x); "unit", x / ‖x‖, which keeps signs; "softmax", over the last dimension.
 
-    Features of length 1 at most keep a delta rule stable (arXiv:2406.06484, section 2.2). With positive ones a read can
-    be divided by q z.
+    Features of length at most 1 ("unit", "softmax") keep a delta rule stable (arXiv:2406.06484, section 2.2). Positive
+    features ("elu", "softmax") allow reads to be divided by q z.
     """
     if kind == "unit":
         return scale_to_length(x)
@@ -58,12 +56,12 @@ def map_features(x: Tensor, kind: str) -> Tensor:
 
 
 def scale_to_length(x: Tensor, lengths: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """l x / ‖x‖ in `dtype` (None: x's), from lengths l [...] (None: 1) and x [..., K]; made in float32 at least."""
+    """l x / ‖x‖ in `dtype` (None: x's), for x [..., K] and lengths l [...] (None: 1); computed at least in float32."""
     return _ScaleToLength.apply(x, lengths, x.dtype if dtype is None else dtype)
 
 
 class _ScaleToLength(torch.autograd.Function):
-    """With y = f x and f = l / ‖x‖: ∂L/∂x = f (y' − x (x·y') / ‖x‖²) and ∂L/∂l = (x·y') / ‖x‖."""
+    """y = f x with f = l / ‖x‖. Gradients: x' = f (y' − x (x·y') / ‖x‖²) and l' = (x·y') / ‖x‖."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, lengths: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -94,7 +92,7 @@ class _ScaleToLength(torch.autograd.Function):
 
 
 class _FeatureMap(torch.autograd.Function):
-    """σ with slope min(σ, 1), so that of all it computes backward needs the result alone."""
+    """σ; its slope is min(σ, 1), so backward needs only the result."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -110,7 +108,7 @@ class _FeatureMap(torch.autograd.Function):
 
 
 def local_linear_attention_naive(q: Tensor, k: Tensor, v: Tensor, *, epsilon: float) -> Tensor:
-    """A[t] = Σ_{j≤t} (q_t·k_j) v_j / max(Σ_{j≤t} q_t·k_j, ε), token by token; arguments as below."""
+    """A[t] = Σ_{j≤t} (q_t·k_j) v_j / max(Σ_{j≤t} q_t·k_j, ε), token by token; see `local_linear_attention`."""
     outputs = []
     for t in range(q.shape[-2]):
         numerator = torch.zeros_like(v[..., 0, :])
@@ -132,18 +130,18 @@ def local_linear_attention(
     chunk_length: int,
     initial_sums: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The equation of `local_linear_attention_naive`.
+    """A[t] = Σ_{j≤t} (q_t·k_j) v_j / max(Σ_{j≤t} q_t·k_j, ε).
 
-    Quadratic and masked within chunks of `chunk_length` tokens, each of which begins with the sums over the chunks
-    before it, so that nothing of size [S, K, V] is ever held.
+    Masked products of quadratic cost within chunks of `chunk_length` tokens; each chunk starts from the sums over
+    earlier chunks, so that nothing of size [S, K, V] is ever held.
 
     Args:
         q: features of the queries, [..., S, K].
-        k: features of the keys, [..., S, K]; a row of zeros takes its token out.
+        k: features of the keys, [..., S, K]; a token with a zero key is ignored.
         v: values, [..., S, V].
-        epsilon: ε, the least divisor.
-        chunk_length: tokens up to which the quadratic form is used; on a GPU `choose_chunk` says how many.
-        initial_sums: Σ kᵀv [..., K, V] and Σ k [..., K] of earlier tokens of the segment, at least float32.
+        epsilon: ε, the smallest divisor.
+        chunk_length: longest chunk in tokens; ignored on a GPU, where `choose_chunk` decides.
+        initial_sums: Σ kᵀv [..., K, V] and Σ k [..., K] over earlier tokens of the segment, at least float32.
 
     Returns:
         [..., S, V] in v's dtype.
@@ -165,10 +163,10 @@ def local_linear_attention(
 
 
 def choose_chunk(num_tokens: int, width: int, value_width: int) -> int:
-    """Tokens of a chunk on a GPU: as many as a key has numbers, 64 to 256, or all where that is less work.
+    """Chunk length C on a GPU: the wider of K and V, but 64 to 256; all tokens in one chunk if that is less work.
 
-    Per token C tokens of a chunk take C (K + V) / 2 multiplications, and the state between chunks, written and read,
-    2 K V.
+    A token costs C (K + V) / 2 multiplications within its chunk, and 2 K V for the state between chunks, which is
+    written and read.
     """
     chunk = min(max(width, value_width, 64), 256)
     is_less_work = (num_tokens - chunk) * (width + value_width) <= 4 * width * value_width
@@ -178,12 +176,12 @@ def choose_chunk(num_tokens: int, width: int, value_width: int) -> int:
 def _attend_in_chunks(
     q: Tensor, k: Tensor, v: Tensor, epsilon: float, chunk_length: int, sums: tuple[Tensor, Tensor] | None
 ) -> Tensor:
-    """All chunks at once, each with the sums over the chunks before it."""
+    """Process all chunks at once, each with the sums over the chunks before it."""
     axis, num_tokens = q.dim() - 2, q.shape[-2]
     num_chunks = -(-num_tokens // chunk_length)
     missing = num_chunks * chunk_length - num_tokens
     q, k, v = (F.pad(t, (0, 0, 0, missing)).unflatten(-2, (num_chunks, chunk_length)) for t in (q, k, v))
-    first_k, first_v = (t.narrow(axis, 0, num_chunks - 1) for t in (k, v))  # all but the last, which no other reads
+    first_k, first_v = (t.narrow(axis, 0, num_chunks - 1) for t in (k, v))  # nothing reads the last chunk's sums
     steps = sum_outer_products(first_k, first_v, _wide(k)), first_k.sum(-2, dtype=_wide(k))
     earlier = tuple(sum_prefixes(F.pad(t, (0, 0) * (t.dim() - axis - 1) + (1, 0)), axis) for t in steps)
     if sums is not None:
@@ -195,7 +193,7 @@ def _attend_in_chunks(
 
 
 def _attend_by_kernels(q: Tensor, k: Tensor, v: Tensor, epsilon: float, sums: tuple[Tensor, Tensor] | None) -> Tensor:
-    """One chunk. The sums of its first weights, q·Σ k, are made outside the kernel: there they would take registers."""
+    """One chunk. The initial sums of weights, q·Σ k, are computed outside the kernel to save registers inside it."""
     products = weights = None
     if sums is not None:
         products = sums[0].to(v.dtype).flatten(0, -3)
@@ -208,9 +206,9 @@ def _attend_by_kernels(q: Tensor, k: Tensor, v: Tensor, epsilon: float, sums: tu
 def _attend_locally(
     q: Tensor, k: Tensor, v: Tensor, products: Tensor | None, weights: Tensor | None, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """A = n / max(s, ε) with n = q P + Σ (q·k) v and s = w + Σ q·k; and s. All gradients are sums of the same kind.
+    """A = n / max(s, ε) with n = q P + Σ (q·k) v and s = w + Σ q·k; returns A and s.
 
-    With n' = A' / max(s, ε) and s' = −A'·A / max(s, ε) where s ≥ ε, else 0:
+    The gradients are sums of the same form. With n' = A' / max(s, ε), and s' = −A'·A / max(s, ε) if s ≥ ε, else 0:
     q'_t = n'_t Pᵀ + Σ_{j≤t} (n'_t·v_j + s'_t) k_j,  k'_j = Σ_{t≥j} (n'_t·v_j + s'_t) q_t,
     v'_j = Σ_{t≥j} (q_t·k_j) n'_t,  P' = Σ_t q_tᵀ n'_t,  w' = s'.
 
@@ -231,7 +229,7 @@ def _attend_locally_backward(
     sums: Tensor,
     epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, k, v, P (empty without P) and w."""
+    """The gradients of q, k, v, P (an empty tensor if P is None) and w."""
     sum_causally = kernels.load_triton().sum_causally
     wide = upstream.float() / sums.clamp_min(epsilon).unsqueeze(-1)
     for_sums = -(wide * mixed).sum(-1) * (sums >= epsilon)
@@ -280,17 +278,17 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def can_split_heads(mixed: Tensor) -> bool:
-    """Whether `split_heads` takes a tensor: contiguous bfloat16 on a CPU, with kernels."""
+    """Whether `split_heads` supports a tensor: it is contiguous bfloat16 on a CPU, and there are C kernels."""
     return mixed.dtype == torch.bfloat16 and native.find_kernels(mixed) is not None
 
 
 def split_heads(mixed: Tensor, num_heads: int, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v [B, H, S, K] of the heads, q and k rotated, in one pass; PyTorch's operations take several.
+    """q, k and v, [B, H, S, K], with q and k rotated, in one pass over memory; PyTorch's operations take several.
 
     Args:
-        mixed: [B, S, H · 3 K], each head's q, k and v in turn.
+        mixed: bfloat16, [B, S, H · 3 K], with each head's q, k and v in turn.
         num_heads: H.
-        angles: cos and sin of each position, [2, S, rotary_dim] float32, the second half like the first.
+        angles: cos and sin of each position from `compute_rotary_angles`, [2, S, rotary_dim] float32.
     """
     return _SplitHeads.apply(mixed, num_heads, angles)
 
@@ -312,12 +310,12 @@ class _SplitHeads(torch.autograd.Function):
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / √K) v, each token attending to itself and those before it.
+    """softmax(q kᵀ / √K) v, where each token attends to itself and earlier tokens.
 
-    torch's own, but on a CPU in bfloat16, where torch's products are cut into pieces that matrix units like less, a
-    faster form: a block of queries makes its scores for all heads together, by two batched products with a compiled
-    softmax between them. Backward makes the scores again from the kept logsumexp, as FlashAttention does
-    (arXiv:2205.14135, section 3.1), so that nothing of size S² is kept. `F.scaled_dot_product_attention` is the twin.
+    This is `F.scaled_dot_product_attention` except in bfloat16 on a CPU, where torch cuts its products into tiles that
+    suit matrix units less well. There a block of queries is processed for all heads at once: two batched products with
+    a C softmax between them. Backward recomputes the scores from the saved logsumexp, as in FlashAttention
+    (arXiv:2205.14135, section 3.1), so that nothing of size S² is kept.
 
     Args:
         q: [B, H, S, K].
@@ -336,9 +334,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @library.custom_op("new_llm::causal_attention", mutates_args=())
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention [B, H, S, V], laid out as [B, S, H, V], and the logsumexp of the scaled scores, [B, H, S]."""
+    """Attention [B, H, S, V], stored as [B, S, H, V], and the logsumexp of the scaled scores, [B, H, S]."""
     batch, heads, length, width = v.shape
-    # laid out as the product that follows wants it
+    # the memory layout that the next product needs
     mixed = v.new_empty(batch, length, heads, width).transpose(1, 2)
     logsumexp = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
     compiled = native.load_kernels()
@@ -376,7 +374,7 @@ def _attend_backward(
 
 
 def _cut(shape: torch.Size) -> Iterator[tuple[slice, int, int]]:
-    """Rows of the batch that are taken together, and the queries begin … end of a block."""
+    """For each block: the batch rows that are processed together, and the range begin … end of its queries."""
     batch, heads, length, _ = shape
     num_rows = max(1, BLOCK_SCORES // (heads * length * min(length, BLOCK_QUERIES)))
     for first in range(0, batch, num_rows):

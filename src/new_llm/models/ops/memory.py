@@ -1,8 +1,8 @@
-"""One segment and its compressive memories: read, select, write; decayed sums over many segments; the delta rule.
+"""Reads, selection and writes of compressive memories for one segment, and decayed sums over many segments.
 
 Legend: B rows, N memories (or banks), H heads, S tokens, K key width, V value width, n segments. Keys and queries are
-features σ(·). M is `memories` [B, N, H, K, V] and z is `norms` [B, N, H, K], float32 or wider whatever the dtype of
-q, k and v. The recurrence of all segments of a call is `memory_scan`; `write_memory` is one of its steps.
+features σ(·). M is `memories` [B, N, H, K, V] and z is `norms` [B, N, H, K], both float32 or wider whatever the dtype
+of q, k and v. `write_memory` is one step of the recurrence that `memory_scan` runs over all segments of a call.
 """
 
 import itertools
@@ -12,25 +12,26 @@ import torch
 from torch import Tensor
 
 HAS_WIDE_SUMS = "dtype" in torch.ops.aten.bmm.overloads()
-"""Whether a GPU's product of 16-bit tensors can give its float32 sums as they are, without wide copies (torch 2.8)."""
+"""Whether a GPU product of 16-bit tensors can return its float32 sums without float32 copies of them (torch 2.8)."""
 
 LEAST_DEVIATION = 1e-6
-"""Added, squared, to the variance by which scores are standardised."""
+"""Its square is added to the variance when scores are standardised."""
 
 
 def read_memories(
     q: Tensor, memories: Tensor, norms: Tensor, *, epsilon: float | None, weights: Tensor | None = None
 ) -> Tensor:
-    """A = Σ_n w_n (q M_n) / max(q z_n, ε); an empty memory (M = 0, z = 0) reads 0.
+    """A = Σ_n w_n (q M_n) / max(q z_n, ε); an empty memory (M = 0, z = 0) contributes 0.
 
-    Source: Infini-attention, arXiv:2404.07143, eq. 3. The weights and divisors are folded into the queries, so that one
-    product reads all memories. In 16 bits each M is scaled by the mean of its z first, so that no growth overflows.
+    Source: Infini-attention, arXiv:2404.07143, eq. 3. Weights and divisors are folded into the queries, so that one
+    product reads all memories. With 16-bit queries each M is first divided by the mean of its z, so that it can't
+    overflow however much has been written.
 
     Args:
         q: features of the queries, [B, H, S, K].
         memories: M, [B, N, H, K, V].
         norms: z, [B, N, H, K].
-        epsilon: ε, the least divisor; None: no divisor, Σ_n w_n (q M_n).
+        epsilon: ε, the smallest divisor; None: no divisor, Σ_n w_n (q M_n).
         weights: w, broadcastable to [B, N, H, S]; None: 1.
 
     Returns:
@@ -87,21 +88,20 @@ def weigh_memories(
     temperature: float | Tensor = 1.0,
     standardize: bool = False,
 ) -> Tensor:
-    """w = softmax over the non-empty memories of s_n / τ, s_n = q·(z_n / c_n) / √K; c_n the tokens that n has seen.
+    """w = softmax(s / τ) over the non-empty memories, with s_n = q·(z_n / c_n) / √K.
 
-    With `standardize` s_n is first standardised over the non-empty memories: (s_n − mean) / deviation.
-
-    Each token's weights depend on that token and on the past alone: nothing is averaged over time.
+    A token's weights depend only on that token and on the past; nothing is averaged over time.
 
     Args:
         products: q·z_n, which a read needs anyway, [..., H, S, N].
-        num_tokens: c, [..., N]; 0 means an empty memory.
+        num_tokens: c_n, the number of tokens that memory n has seen, [..., N]; 0: an empty memory.
         width: K.
-        temperature: τ, one or [H].
-        standardize: make the scores of each token comparable; a difference of any size can then decide.
+        temperature: τ, a number or [H].
+        standardize: replace s_n by (s_n − mean) / standard deviation over the token's non-empty memories, so that even
+            small differences between scores can decide.
 
     Returns:
-        [..., H, S, N]; where all memories are empty the weights are equal (and what they weigh is 0).
+        [..., H, S, N]; equal weights if all memories are empty (their reads are 0 anyway).
     """
     counts = num_tokens[..., None, None, :]
     if isinstance(temperature, Tensor):
@@ -116,7 +116,7 @@ def weigh_memories(
 
 
 def _standardize(scores: Tensor, is_filled: Tensor) -> Tensor:
-    """(s − mean) / deviation over the entries of the last dimension that are filled; a lone one becomes 0."""
+    """(s − mean) / standard deviation over the filled entries of the last dimension; 0 if only one is filled."""
     number = is_filled.sum(-1, keepdim=True).clamp_min(1)
     mean = (scores * is_filled).sum(-1, keepdim=True) / number
     centred = (scores - mean) * is_filled
@@ -127,7 +127,7 @@ def _standardize(scores: Tensor, is_filled: Tensor) -> Tensor:
 def multiply_norms(q: Tensor, norms: Tensor) -> Tensor:
     """q·z_n in z's precision: [..., S, K] and [..., N, K] to [..., S, N].
 
-    Where q is narrower backward widens it again, so that no wide copy of it is kept.
+    If q is narrower, backward widens it again instead of keeping a wide copy.
     """
     return q @ norms.transpose(-1, -2) if q.dtype == norms.dtype else _WideProduct.apply(q, norms)
 
@@ -159,19 +159,19 @@ def weigh_memories_naive(
 
 
 def sum_outer_products(k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
-    """Σ_t k_tᵀ v_t in `dtype` (the memory's): [..., S, K] and [..., S, V] to [..., K, V]."""
+    """Σ_t k_tᵀ v_t in `dtype`, the memory's: [..., S, K] and [..., S, V] to [..., K, V]."""
     if HAS_WIDE_SUMS and k.is_cuda and k.dtype == v.dtype == torch.bfloat16 and dtype == torch.float32:
         return _WideSums.apply(k.flatten(0, -3), v.flatten(0, -3)).unflatten(0, k.shape[:-2])
     return k.to(dtype).transpose(-1, -2) @ v.to(dtype)
 
 
 class _WideSums(torch.autograd.Function):
-    """kᵀ v of bfloat16 tensors [G, S, K] and [G, S, V], its sums left in float32; torch's own has no derivative."""
+    """kᵀ v in float32 of bfloat16 tensors [G, S, K] and [G, S, V]; torch's `bmm` with `out_dtype` has no backward."""
 
     @staticmethod
     def forward(ctx: Any, k: Tensor, v: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.save_for_backward(k, v)
-        if not k.is_cuda:  # in tests
+        if not k.is_cuda:  # only in tests
             return k.float().transpose(1, 2) @ v.float()
         return torch.bmm(k.transpose(1, 2), v, out_dtype=torch.float32)
 
@@ -183,7 +183,7 @@ class _WideSums(torch.autograd.Function):
 
 
 def add_outer_products(sums: Tensor, k: Tensor, v: Tensor) -> None:
-    """Add Σ_t k_tᵀ v_t to `sums` [..., K, V], in its dtype and in place; k and v as in `sum_outer_products`."""
+    """Add Σ_t k_tᵀ v_t to `sums` [..., K, V] in place, in its dtype; k and v as in `sum_outer_products`."""
     k, v = k.to(sums.dtype), v.to(sums.dtype)
     if k.shape[-2] == 1:
         sums.addcmul_(k.transpose(-1, -2), v)
@@ -203,19 +203,19 @@ def write_memory(
 ) -> tuple[Tensor, Tensor]:
     """M ← w M + Σ_t k_tᵀ (v_t − r_t),  z ← w z + Σ_t k_t;  r_t = k_t M / max(k_t z, ε) with the delta rule, else 0.
 
-    Source: Infini-attention, arXiv:2404.07143, eqs. 4 and 5. A whole segment reads the memory as it was before it.
+    Source: Infini-attention, arXiv:2404.07143, eqs. 4 and 5. r is read from the memory as it was before the segment.
 
     Args:
-        k: features of the keys, [B, H, S, K]; a row of zeros takes its token out.
+        k: features of the keys, [B, H, S, K]; a token with a zero key is not written.
         v: values, [B, H, S, V].
         memory: M, [B, H, K, V].
         norm: z, [B, H, K].
-        use_delta_rule: write what the memory does not hold yet.
-        epsilon: ε, the least divisor.
+        use_delta_rule: write only what the memory does not return yet.
+        epsilon: ε, the smallest divisor.
         decay: w, [H]; None: 1.
 
     Returns:
-        The new M and z; the old ones are untouched.
+        The new M and z; the arguments are not changed.
     """
     if use_delta_rule:
         v = v - read_memories(k, memory.unsqueeze(1), norm.unsqueeze(1), epsilon=epsilon)
@@ -252,15 +252,15 @@ def write_memory_naive(
 
 
 def scan_sums(initial: Tensor, changes: Tensor, decay: Tensor | None = None) -> Tensor:
-    """y_0 = `initial`, y_{i+1} = d_i y_i + x_i for all i, in log2(n) rounds of whole-tensor operations.
+    """y_0 = `initial`, y_{i+1} = d_i y_i + x_i, for all i in log2(n) rounds of whole-tensor operations.
 
-    The rounds join pairs (d, x): (d1, x1) then (d2, x2) is (d1 d2, d2 x1 + x2), which is associative.
-    Source: Blelloch, Prefix Sums and Their Applications, CMU-CS-90-190, section 1.4; rounds as Hillis and Steele's.
+    Each round combines pairs (d, x): (d1, x1) followed by (d2, x2) is (d1 d2, d2 x1 + x2), which is associative.
+    Source: Blelloch, Prefix Sums and Their Applications, CMU-CS-90-190, section 1.4; rounds as in Hillis and Steele.
 
     Args:
         initial: y_0, [B, ...].
         changes: x, [B, n, ...].
-        decay: d, [B, n, ...] that broadcasts to x; None: 1.
+        decay: d, [B, n, ...], broadcastable to x; None: 1.
 
     Returns:
         y_0 … y_n, [B, n + 1, ...].
@@ -279,10 +279,9 @@ def scan_sums(initial: Tensor, changes: Tensor, decay: Tensor | None = None) -> 
 
 
 def sum_prefixes(values: Tensor, dim: int) -> Tensor:
-    """Sums of the first 1, 2, … entries along a dimension: `cumsum`.
+    """`cumsum`, but deterministic on a GPU if torch's deterministic algorithms are on.
 
-    On a GPU torch has no deterministic cumsum of real numbers; where deterministic algorithms are asked for there,
-    `add_in_rounds` takes its place.
+    torch has no deterministic cumsum of floating-point numbers on a GPU, so `add_in_rounds` replaces it there.
     """
     if values.is_cuda and torch.are_deterministic_algorithms_enabled():
         return add_in_rounds(values, dim)
@@ -290,7 +289,7 @@ def sum_prefixes(values: Tensor, dim: int) -> Tensor:
 
 
 def add_in_rounds(values: Tensor, dim: int) -> Tensor:
-    """`cumsum` in the rounds of `scan_sums`, each of which is one addition of whole tensors."""
+    """`cumsum` in the rounds of `scan_sums`; each round is one addition of whole tensors."""
     sums, reach = values, 1
     length = values.shape[dim]
     while reach < length:

@@ -1,14 +1,14 @@
-"""The recurrence of memories over the segments of a call; backward makes its states again instead of keeping them.
+"""The recurrence of memories over the segments of a call; backward recomputes the states instead of keeping them.
 
-Legend: B rows, n segments, S tokens of a segment, N memories (or banks), H heads, K key width, V value width. X_i^m is
-memory m as segment i finds it; m_i is the memory that segment i is written to.
+Legend: B rows, n segments, S tokens per segment, N memories (or banks), H heads, K key width, V value width. X_i^m is
+memory m before segment i; m_i is the memory that segment i is written to.
 
-What is sequential is the chain X_{i+1} = d_i X_i + k'_iᵀ u_i alone, where k' is k or what a write rule makes of it.
-Without the delta rule u_i = v_i, so all products are made at once and the chain is a sum; with it u_i needs X_i, two
-products per segment. Reads of all segments, and all other products of backward, are batched over a group of segments.
-Forward keeps the memories at the first segment of each group, and u; backward makes a group's states again from these
-by products that don't wait for one another, so that of n segments' states about 2 √n are held at once. Source of the
-trade: Chen et al., arXiv:1604.06174, section 3.
+Only the chain X_{i+1} = d_i X_i + k'_iᵀ u_i is sequential, where k' is k or the keys that a write rule derives from k.
+Without the delta rule u_i = v_i, so all products are computed at once and the chain is a sum. With it u_i needs X_i,
+and each segment takes two products in turn. Reads, and all other products of backward, are batched over a group of
+segments. Forward keeps the memories before each group, and u. From these, backward recomputes a group's states by
+products that do not depend on each other, so only about 2 √n states are held at once. This trade of time for memory is
+that of Chen et al., arXiv:1604.06174, section 3.
 """
 
 import math
@@ -23,19 +23,19 @@ from new_llm.models.ops import kernels
 from new_llm.models.ops.memory import sum_outer_products
 
 SMALL_STATES = 2**22
-"""Calls whose states take no more bytes than this are one group on a CPU; `kernels.limit_bytes` has a GPU's."""
+"""Bytes of states that a group may always hold on a CPU; for a GPU see `kernels.limit_bytes`."""
 LONG_SEGMENT = 2**18
-"""Numbers of a segment's keys, S K of a head, from which two products of cuBLAS outweigh their launches; estimated."""
+"""Elements of a head's keys in a segment, S K, from which two cuBLAS products are worth their launches; an estimate."""
 FEW_COLUMNS = 66 * 16
-"""Columns of all heads' memories with which the kernel's narrowest programs take half of an H100's processors."""
+"""Columns over all heads' memories with which the kernel's narrowest programs occupy half of an H100's processors."""
 
 
 class ScannedReads(NamedTuple):
-    """What `scan_memories` returns.
+    """The result of `scan_memories`.
 
     Attributes:
-        reads: what each token reads of its segment's memories, [B, n, H, S, V] in v's dtype.
-        sum_reads: what it reads of their sum, likewise; None where that was not wanted.
+        reads: each token's weighted read of the memories, [B, n, H, S, V] in v's dtype.
+        sum_reads: each token's read of the memories' sum, in the same form; None without `sum_scales`.
         memories: X after the last write, [B, N, H, K, V].
     """
 
@@ -58,11 +58,11 @@ def scan_memories_naive(
     decay: Tensor | None = None,
     written_keys: Tensor | None = None,
 ) -> ScannedReads:
-    """Read all segments and write the first `num_writes` of them, each into one memory, segment by segment.
+    """Segment by segment: read all memories, then write one of them, in the first `num_writes` segments.
 
-    reads_i = Σ_m c_i^m (q_i X_i^m), sum_reads_i = t_i (q_i Σ_m X_i^m), and with m = m_i
-    X_{i+1}^m = d_i X_i^m + k'_iᵀ (v_i − e_i k_i X_i^m). The scales c, t, e hold the divisors, which come from z alone.
-    Source: Infini-attention, arXiv:2404.07143, eqs. 3 to 5. Arguments as in `scan_memories`.
+    reads_i = Σ_m c_i^m (q_i X_i^m), sum_reads_i = t_i (q_i Σ_m X_i^m), and for m = m_i
+    X_{i+1}^m = d_i X_i^m + k'_iᵀ (v_i − e_i k_i X_i^m). The scales c, t and e contain the divisors, which depend only
+    on z. Source: Infini-attention, arXiv:2404.07143, eqs. 3 to 5. Arguments as in `scan_memories`.
     """
     batch, num_segments, heads, _, width = q.shape
     if memories is None:
@@ -105,23 +105,20 @@ def scan_memories(
 ) -> ScannedReads:
     """The equations of `scan_memories_naive`, batched over segments and memories.
 
-    Products are in q's dtype, in float16 (whose range is too small for a memory) in float32; X is float32 or wider.
+    Products are in q's dtype, but in X's for float16, whose range is too small for a memory. X is float32 or wider.
 
     Args:
         q: features of the queries, [B, n, H, S, K].
-        k: features of the keys, likewise; a row of zeros takes its token out.
+        k: features of the keys, [B, n, H, S, K]; a token with a zero key is not written.
         v: values, [B, n, H, S, V].
         memories: X_0, [B, N, H, K, V]; None: empty.
         read_scales: c, [B, n, H, S, N], in X's dtype.
         slots: m_i of the written segments, [B, num_writes] int64.
-        num_writes: segments that are written, n or fewer.
+        num_writes: number of segments to write, at most n.
         sum_scales: t, [B, n, H, S]; None: the sum is not read.
         delta_scales: e of the written segments, [B, num_writes, H, S]; None: no delta rule.
         decay: d of the written segments, [B, num_writes, H]; None: 1.
         written_keys: k' of the written segments, [B, num_writes, H, S, K], zero where k is; None: k.
-
-    Returns:
-        The reads and the memories after the last write.
     """
     if num_writes == 0:
         return _read_unwritten(q, v, memories, read_scales, sum_scales)
@@ -129,7 +126,7 @@ def scan_memories(
         t is not None and t.requires_grad
         for t in (q, k, v, memories, read_scales, sum_scales, delta_scales, decay, written_keys)
     )
-    # torch.compile sees one operation; outside it a plain function spares the import of all of torch's compiler
+    # a custom op for torch.compile; in eager mode a plain autograd function, which does not import torch's compiler
     scan = compiled_scan if torch.compiler.is_compiling() else Scan.apply
     reads, sum_reads, end, _, _ = scan(
         q, k, v, memories, read_scales, slots, sum_scales, delta_scales, decay, written_keys, num_writes, learns
@@ -140,7 +137,7 @@ def scan_memories(
 def _read_unwritten(
     q: Tensor, v: Tensor, memories: Tensor | None, read_scales: Tensor, sum_scales: Tensor | None
 ) -> ScannedReads:
-    """The reads where all segments find the same memories, which need no recurrence."""
+    """The reads of a call that writes nothing, which needs no recurrence."""
     if memories is None:
         memories = _begin(q, v, None, read_scales).transpose(1, 2)
     dtype = find_product_dtype(q, memories.dtype)
@@ -154,16 +151,16 @@ def _read_unwritten(
 
 
 def choose_group(q: Tensor, num_memories: int, value_width: int) -> int:
-    """Segments of a group: √n, or more where the states are small for the device."""
+    """Number of segments in a group: √n, or more if their states fit in the device's limit."""
     batch, num_segments, heads, _, width = q.shape
     state_bytes = batch * heads * num_memories * width * value_width * 4
     return max(math.isqrt(num_segments - 1) + 1, kernels.limit_bytes(q, SMALL_STATES) // state_bytes)
 
 
 def suits_delta_kernel(k: Tensor) -> bool:
-    """Whether the delta rule's kernel is for keys [B, n, H, S, K] on a GPU.
+    """Whether the delta-rule kernel should be used on a GPU for keys [B, n, H, S, K].
 
-    Where segments are long and heads few, its programs would be too few for long loops: two products by cuBLAS per
+    With long segments and few heads it would run a few programs with long loops, whereas two cuBLAS products per
     segment use the whole GPU.
     """
     batch, _, heads, length, width = k.shape
@@ -175,16 +172,16 @@ def suits_delta_kernel(k: Tensor) -> bool:
 
 
 def find_product_dtype(k: Tensor, wide: torch.dtype) -> torch.dtype:
-    """The dtype of products with memories: k's, but in float16, whose range is too small for them, the memories'."""
+    """The dtype of products with memories: k's, but the memories' for float16, whose range is too small for them."""
     return wide if k.dtype == torch.float16 else k.dtype
 
 
 class Chain:
-    """The writes of a group's first w segments: X_{i+1} = d_i X_i + k'_iᵀ (v_i − e_i k_i X_i) in the memory m_i.
+    """The writes of a group's first w segments: X_{i+1} = d_i X_i + k'_iᵀ (v_i − e_i k_i X_i) in memory m_i.
 
     Args:
         part: the group's g segments.
-        k, delta_scales, decay, written_keys, slots, num_writes: the call's, as in `scan_memories`.
+        k, delta_scales, decay, written_keys, slots, num_writes: arguments of the `scan_memories` call.
         num_memories: N.
         wide: X's dtype.
     """
@@ -206,7 +203,7 @@ class Chain:
         self.num_memories, self.wide, self.dtype = num_memories, wide, find_product_dtype(k, wide)
         uses_triton = kernels.uses_triton(k) and (delta_scales is None or suits_delta_kernel(k))
         self.uses_triton = uses_triton and self.num_writes > 0
-        # the written segments' keys in the products' dtype; for kernels and products contiguous, once
+        # the written segments' keys in the products' dtype, made contiguous once for the kernels
         picked = [None if t is None else t[:, self.written].to(self.dtype) for t in (k, written_keys)]
         own, self.given_keys = (t.contiguous() if t is not None and self.uses_triton else t for t in picked)
         assert own is not None
@@ -214,7 +211,7 @@ class Chain:
         self.delta_scales = None if delta_scales is None else delta_scales[:, self.written].contiguous()
         self.decay = None if decay is None else decay[:, self.written]
         self.slots = slots[:, self.written]
-        # m_i where it is the same in all rows and known without waiting for a device
+        # m_i, if it is the same in all rows and known without synchronising
         self.common_slots: list[int] | None = None
         if num_memories == 1:
             self.common_slots = [0] * self.num_writes
@@ -222,12 +219,12 @@ class Chain:
             self.common_slots = self.slots[0].tolist()
 
     def advance(self, state: Tensor, v: Tensor, *, is_known: bool = False) -> tuple[Tensor, Tensor]:
-        """Write the segments, one after the other, into `state`: X at the first one, afterwards behind the last.
+        """Write the segments one after another into `state`, in place: X before the group becomes X after it.
 
-        With `is_known` v is the u that was written, so that no product waits for another.
+        With `is_known`, v is the u of an earlier call, so that no product has to wait for another.
 
         Returns:
-            X as each segment finds it, [B, g, H, N, K, V] in the products' dtype, and u of the written ones,
+            X before each segment, [B, g, H, N, K, V] in the products' dtype, and u of the written segments,
             [B, w, H, S, V] in v's dtype.
         """
         states = state.new_empty(state.shape[0], self.num_segments, *state.shape[1:], dtype=self.dtype)
@@ -260,16 +257,16 @@ class Chain:
         return states, v
 
     def retreat(self, g: Tensor, states: Tensor, u: Tensor, from_reads: Tensor) -> tuple[Tensor | None, ...]:
-        """The way back: u'_i = k'_i G_{i+1}, G_i = d_i G_{i+1} − (e_i k_i)ᵀ u'_i + what the reads of X_i give.
+        """Backward: ∂u_i = k'_i G_{i+1}, G_i = d_i G_{i+1} − (e_i k_i)ᵀ ∂u_i + the gradient from the reads of X_i.
 
         Args:
-            g: G = ∂L/∂X behind the group; afterwards at its first segment.
-            states: what `advance` returned.
-            u: what was written, likewise.
-            from_reads: ∂L/∂X of the reads of the group's last segments, [B, g or fewer, H, N, K, V].
+            g: G = ∂L/∂X after the group; changed in place to G before its first segment.
+            states: X as returned by `advance`.
+            u: u as returned by `advance`.
+            from_reads: ∂L/∂X from the reads of the group's last segments, [B, g or fewer, H, N, K, V].
 
         Returns:
-            The gradients of k, v, e, d and k' of the written segments; None for what has none.
+            The gradients of k, v, e, d and k' of the written segments; None for what has no gradient.
         """
         num_writes, u = self.num_writes, u.to(self.dtype)
         above = states.new_empty(len(g), num_writes, g.shape[1], *g.shape[3:])  # G_{i+1} of the written memory
@@ -307,7 +304,7 @@ class Chain:
     def _differentiate(
         self, u: Tensor, back: Tensor, above: Tensor, states: Tensor
     ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """What follows from u' (`back`) and G (`above`) of the written segments, for all of them at once."""
+        """The gradients of all written segments at once, from ∂u (`back`) and G (`above`); see `retreat`."""
         for_written = u @ above.transpose(-1, -2)
         for_k, for_given = (for_written, None) if self.given_keys is None else (None, for_written)
         picked = None if self.delta_scales is None and self.decay is None else self._pick(states)
@@ -327,7 +324,7 @@ class Chain:
         return multiply(self.k, self.delta_scales.unsqueeze(-1), self.dtype)
 
     def _take(self, state: Tensor, j: int) -> Tensor:
-        """The memory of `state` that segment j is written to, [B, H, K, V]: a view where all rows have the same."""
+        """The memory in `state` that segment j is written to, [B, H, K, V]; a view if it is the same in all rows."""
         if self.common_slots is not None:
             return state[:, :, self.common_slots[j]]
         return state[torch.arange(len(state), device=state.device), :, self.slots[:, j]]
@@ -337,7 +334,7 @@ class Chain:
             state[torch.arange(len(state), device=state.device), :, self.slots[:, j]] = current
 
     def _pick(self, states: Tensor) -> Tensor:
-        """The written memory's states, [B, w, H, K, V]."""
+        """The states of the memory that each segment is written to, [B, w, H, K, V]."""
         if self.num_memories == 1:
             return states[:, : self.num_writes, :, 0]
         rows = torch.arange(len(states), device=states.device).unsqueeze(1)
@@ -346,12 +343,12 @@ class Chain:
 
 
 def by_segment(t: Tensor) -> tuple[Tensor, ...]:
-    """The segments of [B, w, ...], each contiguous, as products need it."""
+    """Split [B, w, ...] into segments, each contiguous."""
     return t.transpose(0, 1).contiguous().unbind()
 
 
 def multiply(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b, made in the wider dtype of both and rounded once to `dtype`; without a derivative."""
+    """a b, computed in the wider of their dtypes and rounded once to `dtype`; not differentiable."""
     product = torch.empty(torch.broadcast_shapes(a.shape, b.shape), dtype=dtype, device=a.device)
     return torch.mul(a, b, out=product)
 
@@ -373,7 +370,7 @@ def scan(
     num_writes: int,
     learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Reads, reads of the sum, end, states at the groups' first segments but the first, u of all written segments."""
+    """Reads, reads of the sum, memories after the last write, states before each group but the first, and u."""
     call = k, delta_scales, decay, written_keys, slots, num_writes, read_scales.shape[-1], read_scales.dtype
     state = _begin(q, v, memories, read_scales)
     reads = sum_reads = None
@@ -392,7 +389,7 @@ def scan(
             scaled = multiply(q[:, reading], sum_scales[:, reading].unsqueeze(-1), states.dtype)
             sum_reads = _place(sum_reads, v, reading, scaled @ states.sum(3))
     checkpoints = torch.stack(kept) if kept else state.new_empty(0)
-    # an empty tensor of its own for each part that there is not: no two results of an operation may be the same tensor
+    # missing parts are separate empty tensors, since a custom op may not return the same tensor twice
     u = torch.cat(updates, 1) if len(updates) > 1 else updates[0] if updates else v.new_empty(0)
     sum_reads = v.new_empty(0) if sum_reads is None else sum_reads
     assert reads is not None
@@ -416,7 +413,7 @@ def scan_backward(
     checkpoints: Tensor,
     num_writes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, memories, c, t, e, d and k'; empty for what is None."""
+    """Gradients of q, k, v, memories, c, t, e, d and k'; an empty tensor for each argument that is None."""
     call = k, delta_scales, decay, written_keys, slots, num_writes, read_scales.shape[-1], read_scales.dtype
     g = _begin(q, for_reads, for_end, read_scales)  # ∂L/∂X, [B, H, N, K, V]
     likes = q, read_scales, sum_scales, k, for_reads, delta_scales, decay, written_keys
@@ -450,10 +447,10 @@ def _differentiate_reads(
     states: Tensor,
     part: slice,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """The gradients of q, c, t and X from the reads of some segments; see `scan_memories_naive`."""
+    """The gradients of q, c, t and X from the reads of the segments `part`; see `scan_memories_naive`."""
     dtype, wide, mine = states.dtype, read_scales.dtype, q[:, part]
     upstream, scales = for_reads[:, part].to(dtype), read_scales[:, part].unsqueeze(-1)
-    # ∂L/∂(c q) = A' Xᵀ
+    # ∂L/∂(c q) = ∂L/∂reads Xᵀ
     back = (upstream @ states.flatten(3, 4).transpose(-1, -2)).to(wide).unflatten(-1, states.shape[3:5])
     for_q, for_c, for_t = back * scales, (back * mine.unsqueeze(-2)).sum(-1), None
     for_q = for_q.sum(-2) if for_q.shape[-2] > 1 else for_q.squeeze(-2)
@@ -467,12 +464,12 @@ def _differentiate_reads(
 
 
 def fold(q: Tensor, scales: Tensor, part: slice, dtype: torch.dtype) -> Tensor:
-    """c q of all memories side by side, [B, g, H, S, N·K], so that one product reads and sums them all."""
+    """c q for all memories, concatenated to [B, g, H, S, N·K], so that one product reads all memories and sums."""
     return multiply(q[:, part].unsqueeze(-2), scales[:, part].unsqueeze(-1), dtype).flatten(-2)
 
 
 def _begin(q: Tensor, v: Tensor, memories: Tensor | None, read_scales: Tensor) -> Tensor:
-    """A state that may be changed in place, [B, H, N, K, V], from [B, N, H, K, V]; None: zeros."""
+    """A new state [B, H, N, K, V], safe to change in place, from memories [B, N, H, K, V]; None: zeros."""
     if memories is not None:
         return memories.transpose(1, 2).clone(memory_format=torch.contiguous_format)
     batch, _, heads, _, width = q.shape
@@ -480,7 +477,7 @@ def _begin(q: Tensor, v: Tensor, memories: Tensor | None, read_scales: Tensor) -
 
 
 def _place(whole: Tensor | None, like: Tensor, part: slice, piece: Tensor) -> Tensor:
-    """A group's `piece` in its place in `whole`, a tensor like `like` that begins as zeros; it may be all of it."""
+    """Copy a group's `piece` into `whole`, which has the form of `like` and starts as zeros (None: not yet created)."""
     if piece.shape == like.shape:
         return piece.to(like.dtype)
     if whole is None:
@@ -490,10 +487,10 @@ def _place(whole: Tensor | None, like: Tensor, part: slice, piece: Tensor) -> Te
 
 
 def _cut(q: Tensor, v: Tensor, memories: Tensor | None, read_scales: Tensor) -> list[tuple[slice, slice]]:
-    """The segments of each group, and those of them that are read.
+    """The segments of each group, and which of them are read.
 
-    All but the call's first from empty memory, which finds zeros. On a GPU it is read, too: one segment more costs less
-    there than copies of what begins with the second.
+    On a CPU, the first segment of a call with empty memory is not read, since the result is zeros. On a GPU it is: one
+    more segment costs less than copying the tensors without their first segment.
     """
     group, num_segments = choose_group(q, read_scales.shape[-1], v.shape[-1]), q.shape[1]
     parts = [slice(begin, min(begin + group, num_segments)) for begin in range(0, num_segments, group)]
@@ -547,7 +544,7 @@ def _(
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, num_writes, _ = inputs
     _, _, _, checkpoints, updates = output
-    if inputs[7] is not None:  # with the delta rule u takes the place of v
+    if inputs[7] is not None:  # with the delta rule, save u instead of v
         tensors[2] = updates
     ctx.save_for_backward(*tensors, checkpoints)
     ctx.num_writes = num_writes
@@ -576,12 +573,12 @@ def _differentiate_by(
     return for_q, for_k, for_v, None if memories is None else for_memories, for_c, None, *found, None, None
 
 
-# under torch.compile backward, too, must be one operation: traced, it would launch kernels on tensors without memory
+# Under torch.compile backward must be a custom op, too: tracing it would launch kernels on fake tensors.
 compiled_scan.register_autograd(partial(_differentiate_by, _compiled_backward), setup_context=_keep)
 
 
 class Scan(torch.autograd.Function):
-    """`scan` with its derivatives."""
+    """`scan` with its backward."""
 
     forward = staticmethod(scan)
     setup_context = staticmethod(_keep)

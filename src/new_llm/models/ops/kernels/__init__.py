@@ -1,7 +1,7 @@
-"""Kernels: C for the CPU (`native`) and Triton for GPUs (`triton_kernels`). Without them every op has a PyTorch form.
+"""Kernels: C for the CPU (`native`), Triton for GPUs (`triton_kernels`). Every op also has a PyTorch implementation.
 
-One switch turns both off: the environment variable NEW_LLM_KERNELS=0. Before a pointer leaves Python, `check_tensor`
-compares device, dtype, shape and layout with what the kernel was written for, whatever torch's defaults are.
+The environment variable NEW_LLM_KERNELS=0 turns all kernels off. Before a pointer is passed to a kernel, `check_tensor`
+checks the tensor's device, dtype, shape and layout.
 """
 
 import functools
@@ -16,9 +16,9 @@ from torch import Tensor
 
 SWITCH = "NEW_LLM_KERNELS"
 TRITON_DTYPES = (torch.bfloat16, torch.float32)
-"""What the kernels multiply. Only bfloat16 is given to them: see `uses_triton`."""
+"""The dtypes that the kernels can multiply. In practice they only get bfloat16: see `uses_triton`."""
 MAX_KEY_BYTES = 1024
-"""Bytes of a key (K = 512 in bfloat16) up to which the delta rule's tiles leave registers enough."""
+"""Largest key, in bytes (K = 512 in bfloat16), for which the delta rule's tiles leave enough registers."""
 
 
 def are_enabled() -> bool:
@@ -27,33 +27,33 @@ def are_enabled() -> bool:
 
 
 HAS_TRITON = are_enabled() and importlib.util.find_spec("triton") is not None
-"""Found once: torch.compile can't look for modules."""
+"""Determined at import, since torch.compile can't trace the search for a module."""
 
 
 def uses_triton(t: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)) -> bool:
-    """Whether Triton's kernels take tensors such as this one: on a GPU, and in bfloat16 where they multiply.
+    """Whether Triton kernels run on this tensor: it is on a GPU, in one of `dtypes`, and Triton is available.
 
-    float32 and float64 take the PyTorch forms, whose products are cuBLAS's, in the precision that torch is set to: the
-    kernels' tiles of float32 would not fit in the registers. So does float16, whose range is too small for the
-    gradients of a memory.
+    Kernels with matrix products take bfloat16 only. float32 and float64 use PyTorch and cuBLAS, in the precision that
+    torch is set to, since float32 tiles would not fit in the kernels' registers. float16 uses PyTorch, too: its range
+    is too small for a memory's gradients.
     """
     return t.is_cuda and t.dtype in dtypes and HAS_TRITON
 
 
 def limit_bytes(t: Tensor, on_cpu: int) -> int:
-    """Bytes that one step of an operation may hold at once: a 64th of a GPU's memory (1.25 GB of 80), or `on_cpu`."""
+    """Bytes that an op may hold at once: 1/64 of a GPU's memory (1.25 GB of 80 GB), or `on_cpu` on a CPU."""
     return torch.cuda.get_device_properties(t.device).total_memory // 64 if t.is_cuda else on_cpu
 
 
 def load_triton() -> ModuleType:
-    """The module of Triton kernels. It imports triton, which only torch's builds for GPUs bring."""
+    """The module `triton_kernels`, imported on demand: only torch's GPU builds come with triton."""
     from new_llm.models.ops.kernels import triton_kernels
 
     return triton_kernels
 
 
 def load_triton_steps() -> ModuleType:
-    """The module of Triton kernels for one token, likewise."""
+    """The module `triton_steps`, the Triton kernels for decoding, imported on demand."""
     from new_llm.models.ops.kernels import triton_steps
 
     return triton_steps
@@ -62,16 +62,13 @@ def load_triton_steps() -> ModuleType:
 def check_tensor(
     name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, device: torch.device | None = None
 ) -> None:
-    """Make sure by a ValueError that a kernel may read or write a tensor's memory: device, dtype, shape and layout.
-
-    The dtype None is any, the device None the CPU.
-    """
+    """Raise ValueError unless a tensor is contiguous with this shape, dtype (None: any) and device (None: the CPU)."""
     is_placed = t.is_cpu if device is None else t.device == device
     if is_placed and (dtype is None or t.dtype is dtype) and t.shape == shape and t.is_contiguous():
         return
     layout = "contiguous" if t.is_contiguous() else "not contiguous"
     raise ValueError(
-        f"{name}: {list(t.shape)} of {t.dtype} on {t.device}, {layout}; the kernel takes a contiguous "
+        f"{name}: {list(t.shape)} of {t.dtype} on {t.device}, {layout}; the kernel needs a contiguous "
         f"{list(shape)} of {dtype or 'any dtype'} on {device or 'the CPU'}"
     )
 

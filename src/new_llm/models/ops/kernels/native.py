@@ -1,13 +1,13 @@
-"""The C kernels for the CPU and their only callers, each of which checks what it passes.
+"""The C kernels for the CPU, and the only functions that call them; these check all arguments.
 
-They are optional: without a compiler, or with NEW_LLM_KERNELS=0, every operation has its PyTorch form, and a debug line
-of this module's logger says why. They run on the threads of torch's own OpenMP.
+The kernels are optional. Without a compiler, or with NEW_LLM_KERNELS=0, every op uses PyTorch, and this module's logger
+gives the reason at debug level. The kernels run on the threads of torch's own OpenMP library.
 
-The files in `c/` are compiled by the machine's own compiler ($CC, else cc) in a few seconds. What is loaded is run, so
-the library is kept in a folder of the user's own: `new-llm-kernels` in the user's cache folder, or else
-`new-llm-kernels-<user id>` in the folder for temporary files, whichever nobody else can change. It is never in the
-shared cache of data. A file's name holds the SHA-256 of its bytes: a damaged or replaced file is removed and compiled
-again. Where no such folder can be had, the library is compiled for this process alone.
+The files in `c/` are compiled on first use by the machine's compiler ($CC, else cc), which takes a few seconds. Because
+a loaded library is executed, it is stored where no other user can change it: in `new-llm-kernels` in the user's cache
+folder, or else in `new-llm-kernels-<user id>` in the folder for temporary files, but never in the shared data cache.
+Its file name contains the SHA-256 of its bytes, so a damaged or replaced file is detected, deleted and compiled again.
+If there is no such folder, the library is compiled for this process only.
 """
 
 import ctypes
@@ -33,41 +33,41 @@ from torch import Tensor, nn
 from new_llm.models.ops.kernels import are_enabled, check_tensor
 
 SUFFIXES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
-"""The dtypes that kernels are written for, and how their names end."""
+"""The dtypes that the kernels support, with the suffixes of their function names."""
 MAX_ROWS = {torch.bfloat16: 4, torch.float32: 8}
-"""Rows up to which products with few rows take less time than torch's, by the weight's dtype."""
+"""Number of rows up to which `LinearRows` is faster than torch, by the weight's dtype."""
 MAX_STEP_ROWS = 8
-"""Rows that a layer's step takes; decoding.c has room for no more."""
+"""Maximum number of rows in a layer's step, limited by the arrays in decoding.c."""
 MAX_CHUNK = 64
-"""Tokens of a chunk of the delta rule that the kernels solve; delta.c has room for no more."""
+"""Maximum number of tokens in a chunk of the delta rule, limited by the arrays in delta.c."""
 
 FLAGS = ("-O3", "-march=native", "-std=c11", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 BUILD_SECONDS = 120
-"""A compiler that takes longer is stopped."""
+"""Time limit for the compiler."""
 OPENMP_NAMES = ("libgomp", "libiomp5", "libomp")
 CPU_FACTS = ("model name", "flags", "Features", "CPU implementer", "CPU part")
-"""Lines of /proc/cpuinfo that decide what -march=native means."""
+"""Lines of /proc/cpuinfo that determine the effect of -march=native."""
 PRIVATE = 0o700
-"""The mode of the kernels' folder."""
+"""Permissions of the kernels' folder."""
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 _POINTER, _SIZE, _INT, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _log = logging.getLogger(__name__)
-_is_loaded = False  # for code that is being compiled, where loading itself can't be traced
+_is_loaded = False  # read under torch.compile, which can't trace loading
 
 # Loading
 
 
 def has_kernels() -> bool:
-    """Whether there are kernels; in code that is being compiled: whether they have been loaded before."""
+    """Whether the kernels are available; under `torch.compile`: whether they have already been loaded."""
     if torch.compiler.is_compiling():
         return _is_loaded
     return load_kernels() is not None
 
 
 def find_kernels(*tensors: Tensor) -> ctypes.CDLL | None:
-    """The kernels, if they can take these tensors: contiguous, on the CPU, of a dtype that kernels are written for."""
-    if torch.compiler.is_compiling():  # addresses can't be traced
+    """The kernels, if they support these tensors: on the CPU, contiguous and of a supported dtype; else None."""
+    if torch.compiler.is_compiling():  # pointers can't be traced
         return None
     if all(t.device.type == "cpu" and t.dtype in SUFFIXES and t.is_contiguous() for t in tensors):
         return load_kernels()
@@ -76,7 +76,7 @@ def find_kernels(*tensors: Tensor) -> ctypes.CDLL | None:
 
 @functools.cache
 def load_kernels() -> ctypes.CDLL | None:
-    """Load the kernels, compiled now where that has not been done; None where that is impossible."""
+    """Load the kernels, compiling them if necessary; None if they are off or can't be compiled or loaded."""
     global _is_loaded
     if not are_enabled():
         return None
@@ -85,7 +85,7 @@ def load_kernels() -> ctypes.CDLL | None:
         _is_loaded = True
         return library
     except (OSError, subprocess.SubprocessError, AttributeError, ValueError) as error:
-        _log.debug("no compiled kernels, PyTorch's forms are used: %s", error)
+        _log.debug("no compiled kernels, PyTorch is used instead: %s", error)
         return None
 
 
@@ -98,11 +98,11 @@ _TAKEN_BY_DTYPE = {
     "move_memories": "ppppppnnni",
     "retreat_memories": "pppppppppnnni",
 }
-"""The arguments of functions that there are for each dtype: p a pointer, n a 64-bit size, i an int, x a float."""
+"""Argument types of the functions that exist once per dtype: p pointer, n 64-bit size, i int, x float."""
 
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    """State what the functions take, and that none but `count_step_scratch` returns anything."""
+    """Declare the functions' argument and return types to ctypes; only `count_step_scratch` returns a value."""
     kinds = {"p": _POINTER, "n": _SIZE, "i": _INT, "x": _REAL}
     takes = {f"{name}_{suffix}": one for name, one in _TAKEN_BY_DTYPE.items() for suffix in SUFFIXES.values()}
     for one, other in product(SUFFIXES.values(), repeat=2):
@@ -117,12 +117,12 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def _call(kernels: ctypes.CDLL, name: str, dtype: torch.dtype | None, *arguments: Any) -> None:
-    """Call a function, that of a dtype where there are several, with addresses in the place of tensors.
+    """Call a kernel (with a dtype: the variant for that dtype), passing tensors as pointers.
 
-    Its last argument, everywhere, is the number of threads.
+    The number of threads is added as the last argument, which every kernel takes.
     """
     if dtype is not None and dtype not in SUFFIXES:
-        raise ValueError(f"{name}: no kernel for {dtype}; there are some for {', '.join(map(str, SUFFIXES))}")
+        raise ValueError(f"{name}: no kernel for {dtype}; supported: {', '.join(map(str, SUFFIXES))}")
     function = getattr(kernels, name if dtype is None else f"{name}_{SUFFIXES[dtype]}")
     function(*(_point(x) if isinstance(x, Tensor) else x for x in arguments), torch.get_num_threads())
 
@@ -132,7 +132,7 @@ def _point(t: Tensor | None) -> int | None:
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Memory that C writes to: torch's default dtype and device have no say."""
+    """An uninitialised CPU tensor for C to write to, whatever torch's default dtype and device are."""
     return torch.empty(*shape, dtype=dtype, device="cpu")
 
 
@@ -142,7 +142,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def score_rows(
     kernels: ctypes.CDLL, logits: Tensor, targets: Tensor, weights: Tensor | None, *, write_gradients: bool
 ) -> Tensor:
-    """Losses of rows of logits [n, Z], as `head_loss.score_logits`; gradients replace the logits."""
+    """Losses [n] of rows of logits [n, Z]; see `head_loss.score_logits`."""
     num_rows, num_words = logits.shape
     check_tensor("logits", logits, (num_rows, num_words), logits.dtype)
     targets = targets.contiguous()
@@ -156,10 +156,10 @@ def score_rows(
 
 
 def causal_softmax(kernels: ctypes.CDLL, scores: Tensor, logsumexp: Tensor, *, first: int, scale: float) -> None:
-    """softmax(scale · scores) in place of bfloat16 scores [n, rows, columns]; row r sees its first `first + r + 1`
-    columns.
+    """Replace bfloat16 scores [n, rows, columns] by softmax(scale · scores).
 
-    `logsumexp`, [n, rows] float32, takes that of the scaled scores.
+    Row r sees only the first `first + r + 1` columns. The logsumexp of the scaled scores is written to `logsumexp`,
+    [n, rows] float32.
     """
     _check_scores(scores, logsumexp, first)
     scratch = _empty(torch.get_num_threads(), scores.shape[2])
@@ -169,7 +169,7 @@ def causal_softmax(kernels: ctypes.CDLL, scores: Tensor, logsumexp: Tensor, *, f
 def causal_softmax_backward(
     kernels: ctypes.CDLL, scores: Tensor, gradients: Tensor, logsumexp: Tensor, *, first: int, scale: float
 ) -> None:
-    """Probabilities in place of scores, and the scores' gradients in place of the probabilities'; see above."""
+    """Backward of `causal_softmax`, in place: scores become probabilities, and probabilities' gradients the scores'."""
     _check_scores(scores, logsumexp, first)
     check_tensor("gradients", gradients, scores.shape, torch.bfloat16)
     _call(kernels, "causal_softmax_backward", None, scores, gradients, logsumexp, *scores.shape, first, scale)
@@ -180,15 +180,11 @@ def _check_scores(scores: Tensor, logsumexp: Tensor, first: int) -> None:
     check_tensor("scores", scores, (number, num_rows, num_columns), torch.bfloat16)
     check_tensor("logsumexp", logsumexp, (number, num_rows), torch.float32)
     if not 0 <= first <= num_columns - num_rows:
-        raise ValueError(f"first: row {first} and the {num_rows - 1} after it are not among {num_columns} columns")
+        raise ValueError(f"first: row {first} and the next {num_rows - 1} do not fit within {num_columns} columns")
 
 
 def split_heads(kernels: ctypes.CDLL, mixed: Tensor, num_heads: int, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v [B, H, S, K], with q and k rotated, from bfloat16 [B, S, H · 3 K], each head's q, k and v in turn.
-
-    Args:
-        angles: cos and sin of each position, [2, S, rotary_dim] float32, as `compute_rotary_angles` makes them.
-    """
+    """q, k and v, [B, H, S, K], with q and k rotated; arguments as in `local_attention.split_heads`."""
     batch, length, width = mixed.shape[0], mixed.shape[1], mixed.shape[2] // (3 * num_heads)
     heads = _empty(3, batch, num_heads, length, width, dtype=mixed.dtype)
     _move_heads(kernels, mixed, heads.unbind(), angles, back=False)
@@ -196,7 +192,7 @@ def split_heads(kernels: ctypes.CDLL, mixed: Tensor, num_heads: int, angles: Ten
 
 
 def join_heads(kernels: ctypes.CDLL, heads: Sequence[Tensor], angles: Tensor) -> Tensor:
-    """The gradient of `split_heads`: those of q, k and v to that of the mixed numbers."""
+    """Backward of `split_heads`: the gradient of `mixed`, from those of q, k and v."""
     batch, num_heads, length, width = heads[0].shape
     mixed = _empty(batch, length, num_heads * 3 * width, dtype=heads[0].dtype)
     _move_heads(kernels, mixed, heads, angles, back=True)
@@ -210,18 +206,18 @@ def _move_heads(kernels: ctypes.CDLL, mixed: Tensor, heads: Sequence[Tensor], an
         check_tensor(name, t, heads[0].shape, torch.bfloat16)
     check_tensor("angles", angles, (2, length, angles.shape[-1]), torch.float32)
     if angles.shape[-1] % 2 or angles.shape[-1] > width:
-        raise ValueError(f"angles: {angles.shape[-1]} rotated dimensions of heads {width} wide")
+        raise ValueError(f"angles: {angles.shape[-1]} rotated dimensions for heads of width {width}")
     sizes = (batch, length, num_heads, width, angles.shape[-1])
     _call(kernels, "split_heads", None, mixed, *heads, *angles.unbind(), *sizes, int(back))
 
 
-# Rows scaled to lengths, and inverses
+# Scaling rows to given lengths, and the delta rule
 
 
 def scale_rows(
     kernels: ctypes.CDLL, x: Tensor, lengths: Tensor | None, dtype: torch.dtype, *, least: float
 ) -> tuple[Tensor, Tensor]:
-    """l x / max(‖x‖, least) of rows x [..., K] in `dtype`, and the norms [...]; lengths l [...] float32 (None: 1)."""
+    """l x / max(‖x‖, least) in `dtype` for rows x [..., K], and the norms [...]; lengths l [...] float32 (None: 1)."""
     check_tensor("x", x, x.shape, x.dtype)
     if lengths is not None:
         check_tensor("lengths", lengths, x.shape[:-1], torch.float32)
@@ -234,7 +230,7 @@ def scale_rows(
 def scale_rows_backward(
     kernels: ctypes.CDLL, x: Tensor, lengths: Tensor | None, norms: Tensor, upstream: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of x and lengths; see `scale_rows`."""
+    """The gradients of x and of the lengths; see `scale_rows`."""
     check_tensor("x", x, x.shape, x.dtype)
     check_tensor("upstream", upstream, x.shape, upstream.dtype)
     for name, t in (("norms", norms), ("lengths", norms if lengths is None else lengths)):
@@ -246,7 +242,7 @@ def scale_rows_backward(
 
 
 def solve_chunks(kernels: ctypes.CDLL, products: Tensor, strengths: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(I + tril(diag(β) S, −1))⁻¹ diag(β) in `dtype`, from S [..., C, C] and β [..., C] float32 (None: 1)."""
+    """(I + tril(diag(β) S, −1))⁻¹ diag(β) in `dtype`, for S [..., C, C] and β [..., C] float32 (None: 1)."""
     size = _check_chunks(products, strengths)
     solved = _empty(*products.shape, dtype=dtype)
     _call(kernels, "solve_chunks", dtype, products, strengths, solved, products.shape[:-2].numel(), size)
@@ -256,14 +252,14 @@ def solve_chunks(kernels: ctypes.CDLL, products: Tensor, strengths: Tensor | Non
 def solve_chunks_backward(
     kernels: ctypes.CDLL, below: Tensor, products: Tensor, strengths: Tensor, for_writes: Tensor, writes: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Q below the diagonal plus its transpose, and β' of W = Kᵀ N diag(β); see `delta_rule`.
+    """Backward through W = Kᵀ N diag(β): Q + Qᵀ for Q below the diagonal, and β'; see `delta_rule`.
 
     Args:
-        below: Q = −diag(β) A' below the diagonal, whatever is above it, [..., C, C].
-        products: S, likewise, float32.
+        below: Q = −diag(β) A', [..., C, C]; only entries below the diagonal are read.
+        products: S, [..., C, C] float32.
         strengths: β, [..., C] float32, not 0.
         for_writes: W', [..., K, C].
-        writes: W, likewise.
+        writes: W, [..., K, C].
     """
     size = _check_chunks(products, strengths)
     shape = (*products.shape[:-2], writes.shape[-2], size)
@@ -279,14 +275,14 @@ def solve_chunks_backward(
 def move_memories(
     kernels: ctypes.CDLL, memory: Tensor, rest: Tensor, retained: Tensor | None, product: Tensor | None, narrow: Tensor
 ) -> Tensor | None:
-    """M₀ + w (M − M₀) + P to `narrow`, of whose dtype P is; returned in float32 where there is a P and P is narrower.
+    """Write M₀ + w (M − M₀) + P to `narrow`; also returned in float32 if P is given and narrower than float32.
 
     Args:
         memory: M, [B, H, K, V] float32.
         rest: M₀, [H, K, V] float32.
         retained: w, [B, H] float32; None: 1.
-        product: P, as M; None: 0.
-        narrow: takes the result.
+        product: P, [B, H, K, V] in the dtype of `narrow`; None: 0.
+        narrow: the result, [B, H, K, V].
     """
     for name, t in (("P", narrow if product is None else product), ("narrow", narrow)):
         check_tensor(name, t, memory.shape, narrow.dtype)
@@ -308,24 +304,26 @@ def retreat_memories(
     for_rest: Tensor,
     narrow: Tensor,
 ) -> None:
-    """G ← w (G − P) + R in place and in `narrow`; w' = Σ (M − M₀) (G − P), and M₀' grows by (1 − w) (G − P).
+    """Backward of `move_memories`: G ← w (G − P) + R, in place and in `narrow`.
+
+    Also w' = Σ (M − M₀) (G − P), and M₀' += (1 − w) (G − P).
 
     Args:
         g: G, [B, H, K, V] float32.
-        product: P, likewise in the dtype of `narrow`; None: 0.
-        added: R, likewise; None: 0.
-        memory: M, likewise.
+        product: P, [B, H, K, V] in the dtype of `narrow`; None: 0.
+        added: R, like P; None: 0.
+        memory: M, like P.
         rest: M₀, [H, K, V] float32.
-        retained: w, [B, H] float32; None: 1, and M₀' is left as it is.
-        for_retained: takes w', likewise; None where w is None.
-        for_rest: M₀' of each row, [B, H, K, V] float32.
-        narrow: takes G; `g` itself where that is float32.
+        retained: w, [B, H] float32; None: 1, and M₀' does not change.
+        for_retained: w', [B, H] float32, written here; None if w is None.
+        for_rest: M₀' of each row, [B, H, K, V] float32, added to here.
+        narrow: G in another dtype, written here; `g` itself if that is float32.
     """
     for name, t in (("P", product), ("R", added), ("M", memory), ("narrow", narrow)):
         check_tensor(name, narrow if t is None else t, g.shape, narrow.dtype)
     check_tensor("for_rest", for_rest, g.shape, torch.float32)
     if (retained is None) != (for_retained is None):
-        raise ValueError("w and its gradient: one is given without the other")
+        raise ValueError("w and its gradient must be given together")
     if for_retained is not None:
         check_tensor("for_retained", for_retained, g.shape[:2], torch.float32)
     sizes, rounded = _check_memories(g, rest, retained), None if narrow is g else narrow
@@ -348,7 +346,7 @@ def _check_chunks(products: Tensor, strengths: Tensor | None) -> int:
     if strengths is not None:
         check_tensor("strengths", strengths, products.shape[:-1], torch.float32)
     if size > MAX_CHUNK:
-        raise ValueError(f"chunks of {size} tokens; the kernels take {MAX_CHUNK} at most")
+        raise ValueError(f"chunks of {size} tokens; the kernels support at most {MAX_CHUNK}")
     return size
 
 
@@ -356,13 +354,13 @@ def _check_chunks(products: Tensor, strengths: Tensor | None) -> int:
 
 
 def is_plain_call(x: Tensor, num_rows: int) -> bool:
-    """Whether activations [..., D] are at most this many rows on a CPU, without gradients and autocast."""
+    """Whether x [..., D] has at most `num_rows` rows, on a CPU without autograd, autocast and `torch.compile`."""
     is_free = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
     return is_free and x.device.type == "cpu" and x.numel() <= num_rows * x.shape[-1]
 
 
 def can_run_compiled(x: Tensor) -> bool:
-    """Whether the kernels multiply activations [..., D] with weights of their dtype faster than torch."""
+    """Whether `LinearRows` can multiply x [..., D] and is faster than torch, with weights of x's dtype."""
     return is_plain_call(x, MAX_ROWS.get(x.dtype, 0))
 
 
@@ -393,7 +391,7 @@ class _Step(ctypes.Structure):
 
 
 def _describe_linear(name: str, linear: nn.Linear, dtype: torch.dtype, inputs: int, outputs: int) -> _Linear:
-    """What C reads of a linear layer, if its numbers are such as a kernel for this dtype and these widths may read."""
+    """A linear layer as a C struct, after checking its dtype and widths."""
     check_tensor(f"{name}.weight", linear.weight, (outputs, inputs), dtype)
     if linear.bias is not None:
         check_tensor(f"{name}.bias", linear.bias, (outputs,), dtype)
@@ -401,7 +399,7 @@ def _describe_linear(name: str, linear: nn.Linear, dtype: torch.dtype, inputs: i
 
 
 class LinearRows:
-    """x Wᵀ + b of a linear layer in bfloat16 or float32, summed in float32, for few rows x [..., inputs]."""
+    """A linear layer, x Wᵀ + b, in bfloat16 or float32, for few rows x [..., inputs]; sums are float32."""
 
     def __init__(self, linear: nn.Linear) -> None:
         kernels, self.dtype, (self.outputs, self.inputs) = load_kernels(), linear.weight.dtype, linear.weight.shape
@@ -420,7 +418,7 @@ class LinearRows:
 
 
 class PythiaStep:
-    """A Pythia layer's numbers as the kernel takes them; numbers that do not fit one another are a ValueError."""
+    """One decoding step of a Pythia layer. Raises ValueError if the layer's sizes or dtypes do not fit together."""
 
     def __init__(
         self, norms: Sequence[nn.LayerNorm], linears: Sequence[nn.Linear], num_heads: int, rotary_dim: int
@@ -454,19 +452,19 @@ class PythiaStep:
         angles: tuple[Tensor, Tensor],
         longest: int,
     ) -> Tensor:
-        """The layer's output [B, 1, D] for one more token of each row, which joins the cache.
+        """The layer's output [B, 1, D] for one new token per row, whose key and value are written to the cache.
 
         Args:
-            hidden: [B, 1, D], contiguous, of the layer's dtype.
-            keys: [B, heads, slots, K], contiguous, of the layer's dtype.
-            values: the same.
+            hidden: [B, 1, D], contiguous, in the layer's dtype.
+            keys: [B, heads, slots, K], contiguous, in the layer's dtype.
+            values: like `keys`.
             positions: [B, 1] int64, each below `longest`.
-            valid: [B, 1] bool: rows that take a token; None: all.
-            angles: cos and sin [B, rotary_dim], float32, contiguous.
-            longest: tokens of the longest row with this one; at most slots.
+            valid: padding mask, [B, 1] bool; None: no padding.
+            angles: cos and sin, [B, rotary_dim] each, float32, contiguous.
+            longest: length of the longest row including its new token; at most slots.
 
         Raises:
-            ValueError: tensors that do not fit the layer or one another.
+            ValueError: a tensor does not fit the layer or the other tensors.
         """
         width, num_heads, _ = self._sizes
         num_rows, num_slots = hidden.shape[0], keys.shape[2]
@@ -482,7 +480,7 @@ class PythiaStep:
         places = [place for place, takes in zip(positions.flatten().tolist(), takes_token, strict=True) if takes]
         if num_rows > MAX_STEP_ROWS or longest > num_slots or not all(0 <= place < longest for place in places):
             raise ValueError(
-                f"{num_rows} rows at positions {places}, the longest of {longest} tokens, do not fit "
+                f"{num_rows} rows at positions {places}, the longest of {longest} tokens, exceed "
                 f"{MAX_STEP_ROWS} rows with {num_slots} slots"
             )
         kernels, threads = self._kernels, torch.get_num_threads()
@@ -495,14 +493,14 @@ class PythiaStep:
         return out
 
 
-# The library: compiled, kept, loaded
+# Compiling, storing and loading the library
 
 
 def load_library() -> ctypes.CDLL:
-    """The compiled kernels: from the user's folder, or compiled now.
+    """Load the stored library, compiling it first if necessary.
 
     Raises:
-        OSError: no compiler, or a disk that can't be written.
+        OSError: there is no compiler, or the disk can't be written.
         subprocess.SubprocessError: the compiler failed.
     """
     key, compiler, openmp = _describe_build()
@@ -517,17 +515,18 @@ def load_library() -> ctypes.CDLL:
                     path = built.replace(folder / f"{key}-{hashlib.sha256(built.read_bytes()).hexdigest()}.so")
             return ctypes.CDLL(str(path))
         except OSError as error:
-            _log.debug("no kernels are kept in %s: %s", place, error)
-    with tempfile.TemporaryDirectory() as name:  # mode 0700; a loaded library needs its file no longer
+            _log.debug("kernels can't be stored in %s: %s", place, error)
+    with tempfile.TemporaryDirectory() as name:  # mode 0700; once loaded, the library does not need its file
         return ctypes.CDLL(str(_compile(Path(name), compiler, openmp)))
 
 
 def make_private_folder(path: Path) -> Path:
-    """Make a folder that only this user can change, or make sure that one is; returns its path without links.
+    """Make a folder that only this user can change, or check an existing one; returns its path with links resolved.
 
     Raises:
-        OSError: it can't be made; it or a parent is a link, belongs to another user, or others may write to it. A
-            parent that is sticky (as /tmp is) and root's may be written to by all.
+        OSError: the folder can't be made, is a link, or is not this user's with mode 700; or another user could replace
+            it, because a parent is another user's or writable by others. Parents may be root's, and a sticky one of
+            root's, such as /tmp, may be writable.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     path = path.parent.resolve() / path.name
@@ -546,7 +545,7 @@ def make_private_folder(path: Path) -> Path:
 
 
 def find_library(folder: Path, key: str) -> Path | None:
-    """A kept library of this key whose bytes are those that were written; what fails the check is removed."""
+    """A stored library with this key whose hash is right; files that fail the check are deleted."""
     for path in sorted(folder.glob(f"{key}-*.so")):
         with suppress(OSError), open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
             facts = os.fstat(file.fileno())
@@ -570,7 +569,7 @@ def _compile(folder: Path, compiler: list[str], openmp: Path | None) -> Path:
 
 
 def _describe_build() -> tuple[str, list[str], Path | None]:
-    """A key of all that decides the library's bytes, the compiler's command, and torch's OpenMP library."""
+    """A key for everything that the library depends on, the compiler command, and torch's OpenMP library."""
     compiler = shlex.split(os.environ.get("CC") or "cc")
     if os.name != "posix" or not compiler or shutil.which(compiler[0]) is None:
         raise OSError(f"no C compiler {' '.join(compiler)!r}")
@@ -582,7 +581,7 @@ def _describe_build() -> tuple[str, list[str], Path | None]:
     with suppress(OSError):
         fields = (line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines())
         paths = {Path(line[5]) for line in fields if len(line) == 6}
-    # the one that torch has loaded; a second one would bring threads of its own
+    # the one that torch has loaded; a second OpenMP library would start its own threads
     openmp = min((path for path in paths if path.name.startswith(OPENMP_NAMES)), default=None)
     facts = [version, *compiler, *FLAGS, str(openmp), processor, *(path.read_text() for path in _list_sources())]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:32], compiler, openmp

@@ -1,21 +1,21 @@
-"""Triton kernels: memories over the segments of a call, forwards and back, inverses, local linear attention, and the
-head's loss.
+"""Triton kernels: the memory recurrence and its backward, chunk inverses, local linear attention, and the head's loss.
 
 Legend as in `new_llm.models.ops.memory_scan`: states [B, H, N, K, V], g segments, w of them written.
 
-Columns of M never meet in the recurrence, so a program takes all K rows of some columns of one head's memories and goes
-through the segments alone. A single memory stays in registers the whole way: with K = 512 a tile of [512, 32] takes 64
-of float32 per thread at 8 warps. Of several memories the written one is loaded and stored at each segment; they stay in
-the L2 cache. The keys' tiles of the next tokens are copied while those of the present ones are multiplied.
+Memory recurrence: the columns of M are independent, so each program takes all K rows of some columns of one head's
+memories and runs through all segments. A single memory stays in registers throughout: with K = 512, a [512, 32] tile
+takes 64 float32 registers per thread at 8 warps. With several memories, the one written is loaded and stored at each
+segment and stays in the L2 cache. The next tokens' keys are loaded while the current ones are multiplied.
 
-Local attention and its gradients are all sums over the tokens on one side of the diagonal,
-O_a = Σ_b (x_a·y_b + row_a + col_b) z_b, over b ≤ a or over b ≥ a. A program makes a tile of O, BLOCK_A tokens by
-BLOCK_Z columns: all of them up to 512, so that the products x·y are made once.
+Local attention and its gradients are sums over the tokens on one side of the diagonal,
+O_a = Σ_b (x_a·y_b + row_a + col_b) z_b, over b ≤ a or b ≥ a. Each program computes a tile of O, BLOCK_A tokens by
+BLOCK_Z columns. Up to 512 columns fit in one tile, so the products x·y are computed once.
 
-The head's loss takes a program per row of logits, which goes over the vocabulary twice: for the sum, and to replace the
-logits by their gradients. The second time the row lies in the L2 cache.
+The head's loss has one program per row of logits. It passes over the vocabulary twice: once for the sum, once to
+replace the logits by their gradients, when the row is still in the L2 cache.
 
-All grids have one axis, the only one whose limit (2³¹ − 1; 65,535 on the others) no call reaches.
+All grids have a single axis, because only the first axis has a limit (2³¹ − 1) that no call reaches; the others are
+limited to 65,535.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false, reportPossiblyUnboundVariable=false
@@ -30,18 +30,18 @@ from torch import Tensor
 from new_llm.models.ops.kernels import TRITON_DTYPES, check_tensor
 
 LEAST_BLOCK = 16
-"""The least side of a tile that a dot takes."""
+"""Minimum side of a tile in `tl.dot`."""
 TILE_SIZE = 512 * 32
-"""Numbers of a memory's tile at most, but for K > 1024."""
+"""Maximum number of elements in a memory's tile, unless K > 1024."""
 KEY_TILE_BYTES = 2**15
-"""Bytes of a tile of keys at most, of which two lie in shared memory, this one and the next."""
+"""Maximum bytes of a tile of keys; two tiles, the current and the next, are in shared memory."""
 HALF_OF_PROCESSORS = 66
-"""Grids smaller than half of an H100's 132 processors are cut into narrower tiles."""
+"""Half of an H100's 132 multiprocessors; with fewer programs than that, tiles are made narrower."""
 
 
 @triton.jit
 def _add_to_memories(mine, added, is_tile, size, N: tl.constexpr):
-    """All N memories grow by what stands at `added`."""
+    """Add the values at `added` to all N memories."""
     for m in range(N):
         change = tl.load(added + m * size, mask=is_tile, other=0.0).to(tl.float32)
         grown = tl.load(mine + m * size, mask=is_tile, other=0.0) + change
@@ -51,7 +51,7 @@ def _add_to_memories(mine, added, is_tile, size, N: tl.constexpr):
 
 @triton.jit
 def _copy_memories(mine, states, is_tile, size, N: tl.constexpr):
-    """All N memories as a segment finds them go to `states`, rounded."""
+    """Copy all N memories, as they are before a segment, to `states`, rounded to its dtype."""
     for m in range(N):
         seen = tl.load(mine + m * size, mask=is_tile, other=0.0)
         tl.store(states + m * size, seen.to(states.dtype.element_ty), mask=is_tile)
@@ -59,11 +59,11 @@ def _copy_memories(mine, states, is_tile, size, N: tl.constexpr):
 
 @triton.jit
 def _end_turn(state, mine, added, is_tile, slot, size, grows, N: tl.constexpr, HAS_ADD: tl.constexpr):
-    """Put the written memory back where there are several; one stays in registers. All grow by `added`."""
+    """Store the memory written, if there are several (a single one stays in registers); if `grows`, add `added`."""
     if N > 1:
-        tl.debug_barrier()  # all threads have read the memories, whose loads and stores divide a tile differently
+        tl.debug_barrier()  # all threads must have read: loads and stores split a tile between threads differently
         tl.store(mine + slot * size, state, mask=is_tile)
-        tl.debug_barrier()  # what one thread stores another may load
+        tl.debug_barrier()  # what one thread has stored, another may load
         if HAS_ADD and grows:
             _add_to_memories(mine, added, is_tile, size, N)
         tl.debug_barrier()
@@ -78,7 +78,7 @@ def _write_block(
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, IS_BACKWARD: tl.constexpr, SHARES_KEYS: tl.constexpr,
     HAS_SCALE: tl.constexpr, OPERAND: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """The memory's tile with BLOCK_S tokens of a segment written, whose errors are those of `narrow`."""
+    """The memory's tile after writing BLOCK_S tokens of a segment; their errors are computed from `narrow`."""
     tokens = begin + tl.arange(0, BLOCK_S)
     is_token = tokens < length
     keys = (segment * length + tokens[:, None]) * WIDTH + rows[None, :]
@@ -104,7 +104,8 @@ def _write_block(
     return tl.dot(tl.trans(right), written.to(OPERAND), acc=state, input_precision="tf32x3")
 
 
-# a loop of one turn would be unrolled, for which ptxas 12.8 (Triton 3.6) makes code that reads a register it never set
+# With num_writes specialised to 1, Triton 3.6 would unroll the loop, and ptxas 12.8 then generates code that reads an
+# uninitialised register.
 @triton.jit(do_not_specialize=["num_writes"])
 def _delta_kernel(
     state_ptr, states_ptr, left_ptr, right_ptr, scale_ptr, value_ptr, update_ptr, add_ptr, decay_ptr, slot_ptr,
@@ -144,7 +145,7 @@ def _delta_kernel(
             tl.store(found, narrow, mask=is_tile)
         if HAS_DECAY:
             state *= tl.load(decay_ptr + segment)
-        if IS_ONE_BLOCK:  # without an inner loop the next segment's keys are copied while these are multiplied
+        if IS_ONE_BLOCK:  # without an inner loop, the next segment's keys are loaded while these are multiplied
             state = _write_block(
                 state, narrow, left_ptr, right_ptr, scale_ptr, value_ptr, update_ptr, segment, 0, rows, columns, length,
                 WIDTH, VALUE_WIDTH, IS_BACKWARD, SHARES_KEYS, HAS_SCALE, OPERAND, BLOCK_S,
@@ -212,23 +213,23 @@ def write_with_delta(
     added: Tensor | None = None,
     num_unread: int = 0,
 ) -> Tensor:
-    """The chain with the delta rule, forwards with values or, without, backwards.
+    """The chain with the delta rule: forward if values are given, else backward.
 
-    Forwards: u_i = v_i − e_i k_i X, X ← d_i X + k'_iᵀ u_i. Backwards, from the last segment to the first:
-    u_i = k'_i G, G ← d_i G − k_iᵀ e_i u_i, then all memories' G grow by `added`.
+    Forward: u_i = v_i − e_i k_i X, X ← d_i X + k'_iᵀ u_i. Backward, from the last segment to the first: u_i = k'_i G,
+    G ← d_i G − k_iᵀ e_i u_i, then `added` is added to G of all memories.
 
     Args:
         state: X or G, [B, H, N, K, V] float32, changed in place.
-        states: takes X of all memories before each segment, [B, g ≥ w, H, N, K, V], or backwards G of the written
-            memory before its change, [B, w, H, K, V]; in the keys' dtype.
+        states: output, in the keys' dtype. Forward: X of all memories before each segment, [B, g ≥ w, H, N, K, V].
+            Backward: G of the written memory before its change, [B, w, H, K, V].
         keys: k, [B, w, H, S, K].
-        written_keys: k', likewise; None: k.
+        written_keys: k', [B, w, H, S, K]; None: k.
         scales: e, [B, w, H, S] float32; None: 1.
-        values: v, [B, w, H, S, V]; None: backwards.
+        values: v, [B, w, H, S, V]; None: backward.
         decay: d, [B, w, H]; None: 1.
-        slots: [B, w].
-        added: what G grows by, [B, w − num_unread, H, N, K, V].
-        num_unread: first segments for which G does not grow.
+        slots: index of the memory that each segment is written to, [B, w].
+        added: gradients from the reads, [B, w − num_unread, H, N, K, V].
+        num_unread: number of first segments without such gradients.
 
     Returns:
         u, [B, w, H, S, V] in the keys' dtype.
@@ -252,7 +253,7 @@ def write_with_delta(
     block_v = choose_block(value_width, most)
     while block_v > LEAST_BLOCK and batch * heads * triton.cdiv(value_width, block_v) <= HALF_OF_PROCESSORS:
         block_v //= 2
-    # 64 tokens make both products ones of warp groups; at K = 512 their tiles would leave too few registers
+    # with 64 tokens both products can use warp groups; at K = 512 such tiles would leave too few registers
     block_s = choose_block(length, max(LEAST_BLOCK, min(64, KEY_TILE_BYTES // (block_k * left.element_size()))))
     _launch_chain(
         _delta_kernel, batch * heads * triton.cdiv(value_width, block_v),
@@ -277,10 +278,10 @@ def write_sums(
     added: Tensor | None = None,
     num_unread: int = 0,
 ) -> None:
-    """The chain without the delta rule: X ← d_i X + P_i, or backwards G ← d_i G, then all memories' G grow by `added`.
+    """The chain without the delta rule: X ← d_i X + P_i; backward G ← d_i G, then `added` is added to all memories' G.
 
     Args:
-        products: P, [B, w, H, K, V] float32; None: backwards.
+        products: P, [B, w, H, K, V] float32; None: backward.
         state, states, decay, slots, added, num_unread: as in `write_with_delta`.
     """
     batch, heads, _, width, value_width = state.shape
@@ -312,7 +313,7 @@ def _launch_chain(
     is_forward: bool,
     **options: Any,
 ) -> None:
-    """Check what both chains take, and launch one of them."""
+    """Check the arguments common to both chains, and launch `kernel`."""
     batch, heads, num_memories, width, value_width = state.shape
     num_writes = slots.shape[1]
     check_tensor("state", state, state.shape, torch.float32, state.device)
@@ -320,7 +321,7 @@ def _launch_chain(
     shape = (batch, states.shape[1], heads, *memories, width, value_width)
     _check_operand("states", states, shape, states.dtype, state.device)
     if states.shape[1] < num_writes:
-        raise ValueError(f"states: room for {states.shape[1]} segments; {num_writes} are written")
+        raise ValueError(f"states: room for {states.shape[1]} segments, but {num_writes} are written")
     slots = slots.contiguous()
     check_tensor("slots", slots, (batch, num_writes), torch.int64, state.device)
     if decay is not None:
@@ -343,7 +344,7 @@ def _check_operand(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dt
         raise ValueError(f"{name}: {dtype} is not one of the kernels' dtypes, {TRITON_DTYPES}")
 
 
-# The inverse of a chunk's system, of the delta rule token by token
+# The inverse of a chunk's system, for the token-by-token delta rule
 
 
 @triton.jit
@@ -362,12 +363,12 @@ def _inverse_kernel(coefficient_ptr, inverse_ptr, SIZE: tl.constexpr, BLOCK: tl.
 
 
 def invert(coefficients: Tensor) -> Tensor:
-    """(I + A)⁻¹ of what stands below the diagonals of `coefficients` [..., C, C], float32."""
+    """(I + A)⁻¹, where A is `coefficients` [..., C, C] float32 below the diagonal."""
     coefficients = coefficients.contiguous()
     size = coefficients.shape[-1]
     check_tensor("coefficients", coefficients, (*coefficients.shape[:-1], size), torch.float32, coefficients.device)
     inverses = torch.empty_like(coefficients)
-    # one warp of 32 threads, of which each has a whole column and sums it alone
+    # one warp per program: each of its 32 threads holds a whole column, so sums need no communication
     _inverse_kernel[(coefficients.shape[:-2].numel() * triton.cdiv(size, 32),)](
         coefficients, inverses, SIZE=size, BLOCK=triton.next_power_of_2(size), BLOCK_N=32, num_warps=1
     )
@@ -462,12 +463,12 @@ def sum_causally(
         z: [G, S, Z].
         row: [G, S] float32.
         col: [G, S] float32.
-        initial: P [G, X, Z] in z's dtype and s [G, S] float32: O_a grows by x_a P, the sum of weights by s_a.
-        epsilon: divide O_a by its sum of weights, at least ε; None: don't.
-        from_ahead: sum over b ≥ a.
+        initial: P [G, X, Z] in z's dtype and s [G, S] float32: x_a P is added to O_a, and s_a to the sum of weights.
+        epsilon: ε, divide O_a by max(sum of weights, ε); None: do not divide.
+        from_ahead: sum over b ≥ a instead of b ≤ a.
 
     Returns:
-        O in z's dtype, and with `epsilon` the sums of weights [G, S], float32.
+        O in z's dtype, and the sums of weights [G, S], float32 (undefined without `epsilon`).
     """
     x, y, z = (t.contiguous() for t in (x, y, z))
     groups, length, x_width = x.shape
@@ -514,7 +515,7 @@ def _loss_kernel(
     if HAS_WEIGHT:
         weight *= tl.load(weight_ptr + row).to(tl.float32)
     greatest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)  # Σ exp(x − greatest), of each of the BLOCK columns
+    total = tl.zeros((BLOCK,), tl.float32)  # Σ exp(x − greatest), for each of the BLOCK lanes
     for begin in range(0, num_words, BLOCK):
         words = begin + tl.arange(0, BLOCK)
         x = tl.load(logits_ptr + words, mask=words < num_words, other=float("-inf")).to(tl.float32)
@@ -526,17 +527,17 @@ def _loss_kernel(
     logsumexp = top + tl.log(tl.sum(total * tl.exp(greatest - top), axis=0))
     tl.store(loss_ptr + row, tl.where(target >= 0, (logsumexp - chosen) * weight, 0.0))
     if WRITES_GRADIENTS:
-        tl.debug_barrier()  # all threads have read the target's logit
+        tl.debug_barrier()  # all threads must have read the target's logit
         for begin in range(0, num_words, BLOCK):
             words = begin + tl.arange(0, BLOCK)
             x = tl.load(logits_ptr + words, mask=words < num_words, other=0.0).to(tl.float32)
             gradients = weight * (tl.exp(x - logsumexp) - tl.where(words == target, 1.0, 0.0))
-            gradients = tl.where(target >= 0, gradients, 0.0)  # whatever the logits of a row without a target are
+            gradients = tl.where(target >= 0, gradients, 0.0)  # 0 without a target, even if that row's logits are NaN
             tl.store(logits_ptr + words, gradients.to(logits_ptr.dtype.element_ty), mask=words < num_words)
 
 
 def score_rows(logits: Tensor, targets: Tensor, weights: Tensor | None, *, write_gradients: bool) -> Tensor:
-    """Losses [n] float32 of rows of logits [n, Z], as `head_loss.score_logits`; gradients replace the logits."""
+    """Losses [n] float32 of rows of logits [n, Z]; see `head_loss.score_logits`."""
     num_rows, num_words = logits.shape
     targets = targets.contiguous()
     weights = None if weights is None else weights.contiguous()
@@ -558,15 +559,15 @@ def score_rows(logits: Tensor, targets: Tensor, weights: Tensor | None, *, write
 
 
 def choose_block(size: int, most: int) -> int:
-    """The power of 2 that holds `size`, within 16 … `most`."""
+    """The smallest power of 2 that is at least `size`, but at least `LEAST_BLOCK` and at most `most`."""
     return min(max(triton.next_power_of_2(size), LEAST_BLOCK), most)
 
 
 def choose_operand(t: Tensor) -> Any:
-    """The type of the dots' operands: the tensors' own, but float32 in the interpreter, which can't multiply bfloat16.
+    """The dtype of `tl.dot` operands: the tensor's, but float32 in the interpreter, which can't multiply bfloat16.
 
-    Numbers are rounded to the tensors' type first, so that both give the same but for the order of sums. Products of
-    float32 are sums of three of tf32 ("tf32x3"), whatever torch's own are set to.
+    Values are rounded to the tensor's dtype first, so both give the same results up to the order of sums. float32
+    products are computed as three tf32 products ("tf32x3"), whatever precision torch is set to.
     """
     is_compiled = isinstance(_copy_memories, triton.JITFunction)
     return tl.bfloat16 if t.dtype == torch.bfloat16 and is_compiled else tl.float32

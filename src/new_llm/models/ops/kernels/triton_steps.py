@@ -1,8 +1,8 @@
-"""Triton kernels for one token of few rows: a block in three launches, which is what a step costs on a GPU.
+"""Triton kernels for decoding one token in a few rows, with three launches per block; launches dominate a step's time.
 
-`project` normalises the block's input and makes q, k, v and the inner values of the MLP; `attend` or `recall` mixes
-tokens; `merge` multiplies both branches back and adds them to the input. The time of each is the time to read its
-weights. Sums are float32 throughout, also where the layers' own steps round to 16 bits in between.
+`project` applies the LayerNorms and computes q, k, v and the MLP's inner activations; `attend` or `recall` mixes
+tokens; `merge` projects both branches back and adds them to the input. Each kernel runs about as long as it takes to
+read its weights. All sums are float32, even where the layers' own `step` rounds to 16 bits in between.
 
 Legend: B rows, D hidden size, H heads, K width of a head, C slots of a cache.
 """
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from new_llm.models.ops.kernels import check_tensor
 
 ROWS = 16
-"""Rows of a tile, the fewest that a dot takes; of fewer the others are masked."""
+"""Rows per tile: the minimum of `tl.dot`. Missing rows are masked."""
 PIECE = 64
-"""Earlier tokens that a program attends to."""
+"""Number of earlier tokens that one program attends to."""
 
 
 @triton.jit
 def _load_rows(x_ptr, begin, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns begin … begin + BLOCK of x [rows, WIDTH]; 0 elsewhere."""
+    """Columns begin … begin + BLOCK − 1 of x [rows, WIDTH]; 0 outside x."""
     row = tl.arange(0, ROWS)
     column = begin + tl.arange(0, BLOCK)
     is_there = (row < rows)[:, None] & (column < WIDTH)[None, :]
@@ -35,7 +35,7 @@ def _load_rows(x_ptr, begin, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOC
 def _add_product(
     acc, x, weight_ptr, begin, output, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """acc + x Wᵀ over the columns begin … begin + BLOCK of x and W [SIZE, WIDTH], for some outputs."""
+    """acc + x Wᵀ over columns begin … begin + BLOCK − 1 of W [SIZE, WIDTH], for the rows `output` of W."""
     column = begin + tl.arange(0, BLOCK)
     is_there = (output < SIZE)[:, None] & (column < WIDTH)[None, :]
     weight = tl.load(weight_ptr + output[:, None] * WIDTH + column[None, :], mask=is_there, other=0.0)
@@ -48,7 +48,7 @@ def _project_tile(
     SIZE: tl.constexpr, WIDTH: tl.constexpr, HAS_GELU: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Some outputs of W LN(x) + b, with `HAS_GELU` GELU of them."""
+    """One tile of the outputs of W LN(x) + b, followed by GELU if `HAS_GELU`."""
     total = tl.zeros([ROWS], tl.float32)
     for begin in range(0, WIDTH, BLOCK_K):
         total += tl.sum(_load_rows(x_ptr, begin, rows, WIDTH, ROWS, BLOCK_K).to(tl.float32), 1)
@@ -122,7 +122,7 @@ def _merge_kernel(
 
 @triton.jit
 def _rotate(x_ptr, cos, sin, ROTARY: tl.constexpr, WIDTH: tl.constexpr):
-    """A query or key [WIDTH] whose first ROTARY numbers are rotated."""
+    """Load a query or key [WIDTH] and rotate its first ROTARY dimensions."""
     column = tl.arange(0, WIDTH)
     half: tl.constexpr = ROTARY // 2
     partner = tl.where(column < half, column + half, column - half)
@@ -157,7 +157,7 @@ def _attend_kernel(
         query = _rotate(own, cos, sin, ROTARY, WIDTH) * scale
         scores = tl.where(is_there, tl.sum(query[None, :] * earlier_keys, 1), float("-inf"))
         greatest = tl.max(scores, 0)
-        if piece == 0:  # the token itself, too
+        if piece == 0:  # the first piece also handles the new token itself
             key = _rotate(own + WIDTH, cos, sin, ROTARY, WIDTH).to(keys_ptr.dtype.element_ty)
             value = tl.load(own + 2 * WIDTH + column)
             tl.store(keys + place * WIDTH + column, key)
@@ -179,8 +179,8 @@ def _attend_kernel(
             tl.store(part_ptr + (pair * pieces + piece) * WIDTH + column, acc)
             tl.store(sum_ptr + (pair * pieces + piece) * 2, greatest)
             tl.store(sum_ptr + (pair * pieces + piece) * 2 + 1, total)
-            tl.debug_barrier()  # all threads have stored before the program counts itself
-            if tl.atomic_add(done_ptr + pair, 1) == num_filled - 1:  # the last one adds all up, in their order
+            tl.debug_barrier()  # all threads must have stored before the program counts itself as done
+            if tl.atomic_add(done_ptr + pair, 1) == num_filled - 1:  # the last program adds up all parts, in order
                 number = tl.arange(0, PIECES)
                 is_filled = number < num_filled
                 sums = sum_ptr + (pair * pieces + number) * 2
@@ -196,7 +196,7 @@ def _attend_kernel(
 
 @triton.jit
 def _load_features(x_ptr, place):
-    """ELU + 1 of queries or keys, rounded as they are."""
+    """ELU + 1 of queries or keys, rounded to their dtype."""
     x = tl.load(x_ptr + place)
     wide = x.to(tl.float32)
     return (tl.exp(tl.minimum(wide, 0.0)) + tl.maximum(wide, 0.0)).to(x.dtype).to(tl.float32)
@@ -238,7 +238,7 @@ def _recall_kernel(
 def project(
     hidden: Tensor, norm: nn.LayerNorm, linear: nn.Linear, inner_norm: nn.LayerNorm, inner_linear: nn.Linear
 ) -> tuple[Tensor, Tensor]:
-    """W LN(x) + b and GELU(W' LN'(x) + b') of x [B, 1, D], B up to `ROWS`."""
+    """W LN(x) + b and GELU(W' LN'(x) + b') for x [B, 1, D] with B at most `ROWS`."""
     rows, _, width = hidden.shape
     size, inner = linear.out_features, inner_linear.out_features
     check_tensor("hidden", hidden, (rows, 1, width), hidden.dtype, hidden.device)
@@ -260,7 +260,7 @@ def project(
 
 
 def merge(hidden: Tensor, mixed: Tensor, linear: nn.Linear, inner: Tensor, inner_linear: nn.Linear) -> Tensor:
-    """x + W a + b + W' m + b' of x and a [B, 1, D] and m [B, 1, inner size]."""
+    """x + W a + b + W' m + b' for x and a [B, 1, D] and m [B, 1, intermediate_size]."""
     rows, _, width = hidden.shape
     for name, tensor in (("mixed", mixed), ("inner", inner)):
         check_tensor(name, tensor, (rows, 1, tensor.shape[2]), hidden.dtype, hidden.device)
@@ -287,18 +287,18 @@ def attend(
     rotary_dim: int,
     done: Tensor,
 ) -> Tensor:
-    """softmax(q kᵀ / √K) v over the earlier tokens and the token itself, which joins the cache; [B, 1, H K].
+    """softmax(q kᵀ / √K) v over earlier tokens and the new token, whose key and value join the cache; [B, 1, H K].
 
-    A program takes a head's `PIECE` tokens; the last one that ends adds up what all of them found.
+    One program handles `PIECE` tokens of a head; the program that finishes last combines the results of all pieces.
 
     Args:
-        mixed: q, k and v of each head beside one another, [B, 1, H · 3 K].
-        keys: [B, H, C, K], rotated.
-        values: likewise.
+        mixed: q, k and v of each head, concatenated, [B, 1, H · 3 K].
+        keys: rotated keys, [B, H, C, K].
+        values: [B, H, C, K].
         places: each row's slot for the new token, [B] int64, below C.
-        angles: cos and sin of all places, [longest, rotary_dim] float32; the new tokens' are below `longest`.
-        rotary_dim: how many of K are rotated.
-        done: zeros, and zeros again afterwards, [B · H] int32.
+        angles: cos and sin for all positions, [longest, rotary_dim] float32 each; `places` must be below `longest`.
+        rotary_dim: number of rotated dimensions per head.
+        done: counters, [B · H] int32; must be zero, and are zero again afterwards.
     """
     rows, heads, slots, width = keys.shape
     pieces = -(-len(angles[0]) // PIECE)
@@ -334,19 +334,19 @@ def recall(
     epsilon: float,
     use_delta_rule: bool,
 ) -> Tensor:
-    """g A_mem + (1 − g) A_loc of a compressive memory, and the token's addition to the segment's sums; [B, 1, H K].
+    """g A_mem + (1 − g) A_loc of a compressive memory, [B, 1, H K]; adds the token to the segment's sums in place.
 
     Args:
-        mixed: q, k and v of each head beside one another, before the features, [B, 1, H · 3 K].
-        products: Σ kᵀv, [B, H, K, K] float32, in place.
-        keys: Σ k, [B, H, K], in place.
-        writes: Σ kᵀ(v − r), [B, H, K, K], in place.
-        counts: tokens of the segment, [B] int64, in place.
-        memories: M, [B, 1, H, K, K].
-        norms: z, [B, 1, H, K].
+        mixed: q, k and v of each head, concatenated, before the feature map, [B, 1, H · 3 K].
+        products: Σ kᵀv, [B, H, K, K] float32; updated.
+        keys: Σ k, [B, H, K] float32; updated.
+        writes: Σ kᵀ(v − r), [B, H, K, K] float32; updated.
+        counts: number of tokens in the segment, [B] int64; updated.
+        memories: M, [B, 1, H, K, K] float32.
+        norms: z, [B, 1, H, K] float32.
         gate: β, [H].
         epsilon: ε.
-        use_delta_rule: whether r is what the memory returns; else 0.
+        use_delta_rule: whether r is what the memory returns for the key; else r = 0.
     """
     rows, heads, width = keys.shape
     check_tensor("mixed", mixed, (rows, 1, 3 * heads * width), mixed.dtype, keys.device)

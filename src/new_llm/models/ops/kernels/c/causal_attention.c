@@ -1,4 +1,4 @@
-/* Around causal attention's products: the split into heads, and rows of scores to probabilities and their gradients. */
+/* Causal attention but for its matrix products: splitting heads, and softmax over rows of scores with its backward. */
 #include <omp.h>
 
 #include "kernels.h"
@@ -14,8 +14,9 @@ void causal_softmax(bf16 *scores, float *logsumexp, float *scratch, int64_t batc
         for (int64_t r = 0; r < rows; r++) {
             bf16 *restrict row = scores + (batch * rows + r) * columns;
             float *restrict values = scratch + omp_get_thread_num() * columns, top = -INFINITY, total = 0.0f;
-            /* Whole vectors, past what the row sees: rows are short, and a rest would be computed number by number.
-               What is unseen counts as -infinity, whose exp_negative is too small to change the sum. */
+            /* Process whole vectors, even past the row's last unmasked column: rows are short, and a remainder would be
+               computed one number at a time. Masked scores count as -infinity; their exp_negative is too small to
+               change the sum. */
             int64_t seen = first + r + 1, end = (seen + LANES - 1) / LANES * LANES;
             end = end < columns ? end : columns;
 #pragma omp simd reduction(max : top)
@@ -37,7 +38,7 @@ void causal_softmax(bf16 *scores, float *logsumexp, float *scratch, int64_t batc
         }
 }
 
-/* scores <- p = exp(scale * scores - logsumexp), and of p's gradients: gradients <- scale * p * (gradients - p . gradients) */
+/* scores <- p = exp(scale * scores - logsumexp); gradients, those of p, <- scale * p * (gradients - p . gradients). */
 void causal_softmax_backward(bf16 *scores, bf16 *gradients, const float *logsumexp, int64_t batches, int64_t rows,
                              int64_t columns, int64_t first, float scale, int threads) {
 #pragma omp parallel for schedule(dynamic, 32) num_threads(threads)
@@ -59,7 +60,7 @@ void causal_softmax_backward(bf16 *scores, bf16 *gradients, const float *logsume
     }
 }
 
-/* y <- x with its first 2 * half numbers rotated, each by the angle of its pair, forwards (sign 1) or back (-1). */
+/* y <- x with its first 2 * half numbers rotated in pairs (j, half + j), forwards (sign 1) or backwards (-1). */
 static inline void rotate(const bf16 *x, bf16 *y, const float *cosines, const float *sines, int64_t half, int64_t width,
                           float sign) {
     for (int64_t i = 0; i < half; i++) {
@@ -70,8 +71,8 @@ static inline void rotate(const bf16 *x, bf16 *y, const float *cosines, const fl
     memcpy(y + 2 * half, x + 2 * half, (size_t)(width - 2 * half) * sizeof(bf16));
 }
 
-/* q, k and v of each head, [rows, heads, tokens, width] with q and k rotated, from mixed [rows, tokens, heads, 3 width],
-   or back: mixed takes what q, k and v are, q and k rotated back. cosines and sines are [tokens, rotary]. */
+/* Splits mixed [rows, tokens, heads, 3 width] into q, k and v [rows, heads, tokens, width], and rotates q and k.
+   With backward, the reverse: rotates q and k back, and joins q, k and v to mixed. cosines, sines: [tokens, rotary]. */
 void split_heads(bf16 *mixed, bf16 *q, bf16 *k, bf16 *v, const float *cosines, const float *sines, int64_t rows,
                  int64_t tokens, int64_t heads, int64_t width, int64_t rotary, int backward, int threads) {
     int64_t half = rotary / 2;

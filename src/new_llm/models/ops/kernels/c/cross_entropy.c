@@ -1,7 +1,7 @@
-/* Rows of logits to losses and, in place, to the losses' gradients: one visit of each row while it is in the cache. */
+/* Turns rows of logits into losses and, in place, into the losses' gradients, one row at a time while it is in cache. */
 #include "kernels.h"
 
-#define BLOCK 2048 /* numbers summed in float before they join a double */
+#define BLOCK 2048 /* numbers summed in float before the sum is added to a double */
 
 /* losses[i] = scale_i (logsumexp(x_i) - x_i[target_i]); with write_gradients also x_i <- scale_i (softmax(x_i) - e_target).
    A target outside 0 ... columns - 1 asks for nothing: loss and gradient are 0. scales may be NULL (all 1). */

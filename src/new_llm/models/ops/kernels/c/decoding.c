@@ -1,9 +1,9 @@
-/* Decoding: every weight is read once a token, so its time is that of reading them.
-   A Pythia layer's step is one call with one barrier: LayerNorms, a head's projection and attention over the cache, the
-   MLP's first matrix; then both last matrices and the residual. */
+/* Decoding: every weight is read once per token, which takes nearly all the time.
+   A Pythia layer's step is one call with one barrier. Before it: LayerNorms, each head's projection and attention over
+   the cache, and the MLP's first matrix. After it: both output matrices and the residual. */
 #include "dot.h"
 
-#define BLOCK 64 /* outputs that a thread takes at once */
+#define BLOCK 64 /* outputs that a thread computes at a time */
 #define MAX_ROWS 8
 
 int omp_get_thread_num(void);
@@ -25,9 +25,9 @@ struct pythia_layer {
     int64_t heads, rotary;
 };
 
-/* rows of hidden [rows, D] go to out; row r stands at positions[r] of its segment, with cosines and sines [rows, rotary].
-   keys and values [rows, heads, slots, K] hold the earlier tokens and take this one. valid[r] = 0: the row takes no
-   token and its result means nothing; NULL: all do. longest: tokens of the longest row with this one. */
+/* One token per row: hidden [rows, D] to out. Row r is at positions[r] of its segment; cosines and sines: [rows, rotary].
+   keys and values [rows, heads, slots, K] hold the earlier tokens; the new one is added. valid[r] = 0: row r gets no
+   token and its result is meaningless; NULL: all rows get one. longest: length of the longest row with its new token. */
 struct step {
     const void *hidden;
     void *out, *keys, *values;
@@ -39,7 +39,7 @@ struct step {
     int32_t threads;
 };
 
-/* Phi(x), the normal distribution, to 1e-7: Abramowitz and Stegun, 7.1.26. */
+/* Phi(x), the normal cumulative distribution, accurate to 1e-7: Abramowitz and Stegun, 7.1.26. */
 static inline float normal_cdf(float x) {
     float a = fabsf(x) * 0.70710678118654752f;
     float t = 1.0f / (1.0f + 0.3275911f * a);
@@ -48,7 +48,7 @@ static inline float normal_cdf(float x) {
     return x < 0.0f ? tail : 1.0f - tail;
 }
 
-/* Floats of scratch that a step needs. */
+/* Number of floats of scratch memory that a step needs. */
 int64_t count_step_scratch(int64_t width, int64_t heads, int64_t inner, int64_t rows, int64_t longest, int threads) {
     int64_t own = 2 * rows * width + rows * 3 * (width / heads) + longest;
     return rows * (width + inner) + threads * own;

@@ -1,10 +1,10 @@
-/* The delta rule token by token: the unit lower triangular systems of its chunks, and the memory from one to the next. */
+/* The token-by-token delta rule: solving the unit lower triangular system of each chunk, and updating memories. */
 #include "kernels.h"
 
 #define MAX_SIZE 64
 
-/* Of products S [count, size, size] and strengths b [count, size] (NULL: 1) with A_ij = b_i S_ij for j < i:
-   solved <- (I + A)^-1 diag(b). Row i of the inverse N is e_i - sum_{j < i} A_ij N_j. */
+/* solved <- (I + A)^-1 diag(b), where A_ij = b_i S_ij for j < i. products: S [count, size, size]; strengths:
+   b [count, size] (NULL: 1). Row i of the inverse N is e_i - sum_{j < i} A_ij N_j. */
 #define DEFINE_SOLVE(NAME, TYPE, STORE)                                                                             \
     void NAME(const float *products, const float *strengths, TYPE *solved, int64_t count, int64_t size,             \
               int threads) {                                                                                        \
@@ -30,9 +30,9 @@
         }                                                                                                           \
     }
 
-/* The way back through W = K^T N diag(b), from W' and Q = -diag(b) A' (only what is below its diagonal counts):
-   symmetric <- Q and its transpose, b_i for_strengths_i <- sum_k W'_ki W_ki - sum_{j < i} Q_ij S_ij.
-   W' and W [count, width, size]. */
+/* Backward through W = K^T N diag(b), given W' and Q = -diag(b) A', of which only entries below the diagonal are read:
+   symmetric <- Q + Q^T, b_i for_strengths_i <- sum_k W'_ki W_ki - sum_{j < i} Q_ij S_ij.
+   W' and W are [count, width, size]. */
 #define DEFINE_SOLVE_BACKWARD(NAME, TYPE, LOAD, STORE)                                                              \
     void NAME(const TYPE *below, const float *products, const float *strengths, const TYPE *for_writes,             \
               const TYPE *writes, TYPE *symmetric, float *for_strengths, int64_t count, int64_t size, int64_t width, \
@@ -65,8 +65,8 @@
         }                                                                                                           \
     }
 
-/* Memories M [batch, heads, size] with a rest M0 [heads, size]: x = M0 + w (M - M0) + P, w [batch, heads] (NULL: 1), P
-   (NULL: 0). x goes to wide and, rounded, to narrow, where these are not NULL. */
+/* x = M0 + w (M - M0) + P, for M [batch, heads, size], M0 [heads, size], w [batch, heads] (NULL: 1) and P like M
+   (NULL: 0). x is written to wide and, rounded, to narrow, unless these are NULL. */
 #define DEFINE_MOVE(NAME, TYPE, LOAD, STORE)                                                                        \
     void NAME(const float *memory, const float *rest, const float *retained, const TYPE *product, float *wide,      \
               TYPE *narrow, int64_t batch, int64_t heads, int64_t size, int threads) {                              \
@@ -86,8 +86,8 @@
         }                                                                                                           \
     }
 
-/* Its way back, G = dL/dM: x = G - P (NULL: 0). Unless w is NULL: for_retained <- sum (M - M0) x,
-   for_rest += (1 - w) x, x <- w x. Then x + R (NULL: 0) goes to G and, rounded, to narrow (NULL: it does not). */
+/* Its backward, with G = dL/dM: x = G - P (NULL: 0). Unless w is NULL: for_retained <- sum (M - M0) x,
+   for_rest += (1 - w) x, x <- w x. Then x + R (NULL: 0) is written to G and, rounded, to narrow, unless that is NULL. */
 #define DEFINE_RETREAT(NAME, TYPE, LOAD, STORE)                                                                     \
     void NAME(float *g, const TYPE *product, const TYPE *added, const TYPE *memory, const float *rest,              \
               const float *retained, float *for_retained, float *for_rest, TYPE *narrow, int64_t batch,             \

@@ -1,9 +1,9 @@
-/* Four rows of a matrix times one vector, at the speed of memory: sums[i] = w_i . x, rows one after another.
-   With AVX-512 by hand, since compilers read narrow numbers slowly; elsewhere as the compiler makes it. */
+/* Four consecutive rows of a matrix times one vector, at the speed of memory: sums[i] = w_i . x.
+   Hand-written for AVX-512, because compilers load narrow types slowly; elsewhere left to the compiler. */
 #pragma once
 #include "kernels.h"
 
-#define AHEAD 6144 /* bytes that are asked for ahead of their use; the processor alone does not look so far */
+#define AHEAD 6144 /* prefetch distance in bytes; the processor's own prefetching does not reach this far */
 
 #define DEFINE_DOT(NAME, TYPE, LOAD)                                                                      \
     static inline void NAME(const TYPE *restrict w, const float *restrict x, int64_t first, int64_t n,    \
@@ -24,7 +24,7 @@ DEFINE_DOT(add_dots_float, float, from_float)
 #ifdef __AVX512F__
 #include <immintrin.h>
 
-/* Pairs of bfloat16 are read as 32 bits: the even one is the lower half, shifted, the odd one the upper half. */
+/* Reads pairs of bfloat16 as 32 bits: the even element is the lower half, shifted up; the odd one is the upper half. */
 static inline void dot_4_bf16(const bf16 *w, const float *x, int64_t n, float *sums) {
     const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1)), upper = _mm512_set1_epi32((int)0xffff0000u);

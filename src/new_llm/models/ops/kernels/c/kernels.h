@@ -1,4 +1,4 @@
-/* What the kernels share: bfloat16 and a vector form of exp. Everything is plain C that the compiler vectorises. */
+/* Shared by the kernels: bfloat16, and an exp that vectorises. Everything is plain C; the compiler vectorises it. */
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -13,7 +13,7 @@ static inline float from_bf16(bf16 x) {
     return value;
 }
 
-/* To nearest, ties to even. NaN stays NaN. */
+/* Rounds to nearest, ties to even. NaN stays NaN. */
 static inline bf16 to_bf16(float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
@@ -24,8 +24,8 @@ static inline bf16 to_bf16(float x) {
 static inline float from_float(float x) { return x; }
 static inline float to_float(float x) { return x; }
 
-/* exp(x) for x <= 0 to about 2 units in the last place; below -87 it is exp(-87), 1.6e-38. NaN stays NaN.
-   2^n times a polynomial in x - n ln 2, with the coefficients of Cephes' expf. */
+/* exp(x) for x <= 0, accurate to about 2 units in the last place; exp(-87) = 1.6e-38 below -87. NaN stays NaN.
+   Computed as 2^n times a polynomial in x - n ln 2, with the coefficients of Cephes' expf. */
 static inline float exp_negative(float x) {
     x = x < -87.0f ? -87.0f : x;
     float n = rintf(x * 1.44269504088896341f);

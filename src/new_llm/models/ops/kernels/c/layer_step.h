@@ -1,6 +1,6 @@
-/* Products with few rows, and one decoding step of a Pythia layer. Included once for each pair of dtypes, with
-   TYPE, LOAD, STORE, DOT_4: activations, matrices, biases, LayerNorms and the cache;
-   NAME(x): the name of a function for this type. All sums are float. */
+/* Products with few rows, and one decoding step of a Pythia layer. Included once per dtype, with these macros:
+   TYPE, LOAD, STORE, DOT_4: the dtype of activations, matrices, biases, LayerNorms and cache, and its functions;
+   NAME(x): the name of function x for this dtype. All sums are float. */
 
 static inline float NAME(dot_1)(const TYPE *restrict w, const float *restrict x, int64_t n) {
     float sum = 0.0f;
@@ -31,7 +31,7 @@ static void NAME(multiply)(const struct linear *linear, const float *x, int64_t 
     }
 }
 
-/* out [rows, outputs] <- x W^T + b of few rows x [rows, inputs]. */
+/* out [rows, outputs] <- x W^T + b, for few rows x [rows, inputs]. */
 void NAME(linear_rows)(const struct linear *linear, const float *x, int64_t rows, TYPE *out, int threads) {
     const int64_t outputs = linear->outputs, blocks = (outputs + BLOCK - 1) / BLOCK;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
@@ -48,7 +48,7 @@ void NAME(linear_rows)(const struct linear *linear, const float *x, int64_t rows
     }
 }
 
-/* out <- weight (x - mean) / sqrt(variance + eps) + bias of one row. */
+/* LayerNorm of one row: out <- weight (x - mean) / sqrt(variance + eps) + bias. */
 static void NAME(normalise)(const TYPE *x, const struct norm *norm, int64_t n, float *out) {
     const TYPE *weight = norm->weight, *bias = norm->bias;
     float mean = 0.0f, variance = 0.0f;
@@ -62,7 +62,7 @@ static void NAME(normalise)(const TYPE *x, const struct norm *norm, int64_t n, f
     for (int64_t j = 0; j < n; j++) out[j] = (LOAD(x[j]) - mean) * scale * LOAD(weight[j]) + LOAD(bias[j]);
 }
 
-/* Rotary positions of one head, in the half-split layout: x_i, x_{i+half} <- turned by the angle of i. */
+/* Rotary positions for one head, in the half-split layout: (x_i, x_{i+half}) is rotated by angle i. */
 static void NAME(rotate)(float *x, const float *cosines, const float *sines, int64_t rotary) {
     int64_t half = rotary / 2;
     for (int64_t i = 0; i < half; i++) {
@@ -72,7 +72,7 @@ static void NAME(rotate)(float *x, const float *cosines, const float *sines, int
     }
 }
 
-/* One query over `count` keys and values [count, width] of its head; out [width]. scores: room for count numbers. */
+/* One query attends to `count` keys and values [count, width] of its head; out [width]. scores: scratch for count floats. */
 static void NAME(attend)(const float *q, const TYPE *keys, const TYPE *values, int64_t count, int64_t width,
                          float *restrict scores, float *restrict out) {
     const float scale = 1.0f / sqrtf((float)width);
@@ -106,7 +106,7 @@ static void NAME(attend)(const float *q, const TYPE *keys, const TYPE *values, i
     for (int64_t j = 0; j < width; j++) out[j] /= total;
 }
 
-/* One head of row r: its key and value join the cache, then its query attends. projected: q, k, v of the row. */
+/* One head of row r: adds its key and value to the cache, then lets its query attend. projected: the row's q, k, v. */
 static void NAME(step_head)(const struct pythia_layer *layer, const struct step *step, int64_t r, int64_t head,
                             float *projected, float *scores, float *mixed) {
     const int64_t width = layer->query_key_value.inputs / layer->heads, place = step->positions[r];
@@ -123,7 +123,7 @@ static void NAME(step_head)(const struct pythia_layer *layer, const struct step 
     NAME(attend)(q, keys, values, place + 1, width, scores, mixed);
 }
 
-/* x + Attention(LN1 x) + MLP(LN2 x) for one more token of each row. */
+/* x + Attention(LN1 x) + MLP(LN2 x) for one new token per row. */
 void NAME(step_pythia)(const struct pythia_layer *layer, const struct step *step) {
     const int64_t rows = step->rows, heads = layer->heads, width = layer->query_key_value.inputs;
     const int64_t head_width = width / heads, inner = layer->up.outputs, up_blocks = (inner + BLOCK - 1) / BLOCK;
@@ -136,7 +136,7 @@ void NAME(step_pythia)(const struct pythia_layer *layer, const struct step *step
         float *for_attention = rest + omp_get_thread_num() * (2 * rows * width + rows * 3 * head_width + step->longest);
         float *for_mlp = for_attention + rows * width, *projected = for_mlp + rows * width;
         float *scores = projected + rows * 3 * head_width;
-        for (int64_t r = 0; r < rows; r++) { /* every thread for itself: cheaper than to wait for one */
+        for (int64_t r = 0; r < rows; r++) { /* repeated by every thread, which is cheaper than waiting for one */
             NAME(normalise)(hidden + r * width, &layer->before_attention, width, for_attention + r * width);
             NAME(normalise)(hidden + r * width, &layer->before_mlp, width, for_mlp + r * width);
         }

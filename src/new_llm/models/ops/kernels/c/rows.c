@@ -1,7 +1,7 @@
-/* Rows scaled to given lengths, with their gradients. */
+/* Scaling rows to given lengths, and its backward. */
 #include "kernels.h"
 
-/* y_r = l_r x_r / |x_r| of rows [rows, width], a norm being `least` at least; norms [rows] are kept. lengths: NULL: 1. */
+/* y_r = l_r x_r / max(|x_r|, least) for rows [rows, width]; the divisors go to norms [rows]. lengths: NULL: 1. */
 #define DEFINE_SCALE_ROWS(FROM, TO, X, LOAD, STORE_X, Y, LOAD_Y, STORE)                                                \
     void scale_rows_##FROM##_##TO(const X *x, const float *lengths, Y *y, float *norms, int64_t rows, int64_t width,   \
                                   float least, int threads) {                                                          \
