@@ -125,7 +125,7 @@ def test_tensors_that_do_not_fit_are_refused():
         "valid": lambda: step.run(**fitting | {"valid": torch.ones(3, 1, dtype=torch.bool)}),
         "targets": lambda: native.score_rows(kernels, torch.zeros(4, 9), targets, None, write_gradients=False),
         "logsumexp": lambda: native.causal_softmax(kernels, scores, torch.zeros(2, 2), first=0, scale=1.0),
-        "not among 8 columns": lambda: native.causal_softmax(kernels, scores, sums, first=6, scale=1.0),
+        "do not fit within 8 columns": lambda: native.causal_softmax(kernels, scores, sums, first=6, scale=1.0),
         "gradients": lambda: native.causal_softmax_backward(
             kernels, scores, torch.zeros(2, 3, 7).bfloat16(), sums, first=0, scale=1.0
         ),

@@ -154,7 +154,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "token_memory": {"query_key_init_scale": 6.0},
     },
     # The parts of a gated delta rule, in the Infini layer. On addresses this gained more than twice as much as "tuned",
-    # which was run with samples of 4 segments instead of 8 (docs/experiments/addresses.md).
+    # but with samples of 4 segments instead of 8 (docs/experiments/addresses.md).
     "tokenwise": {
         "infini": {
             "local_attention": "softmax",

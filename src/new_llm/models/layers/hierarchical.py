@@ -100,7 +100,7 @@ class TreeMemory(MemoryState):
     """
 
     def age(self, num_segments: Tensor, left: Tensor | None = None) -> "TreeMemory":
-        """Overrides `MemoryState.age`: the same blocks, merged as they are after `num_segments` [R]; without decay."""
+        """Overrides `MemoryState.age`: the blocks merged as after `num_segments` [R] segments; there is no decay."""
         num_levels = self.norms.shape[1]
         levels = torch.arange(num_levels, device=self.norms.device)
         first = self.num_segments.unsqueeze(1) >> (levels + 1) << (levels + 1)  # a segment of each level's block

@@ -213,7 +213,7 @@ class RoutedAttention(SelectingAttention):
 
 @register_layer("multi_memory", options=MultiMemoryOptions)
 class MultiMemoryLayer(CompressiveLayer):
-    """Independent memories, of which each token selects by attention to their z, or by a learned router.
+    """Independent memories; each token selects among them by attention to their z, or by a learned router.
 
     They are written in turn, one segment each; with `router: top1`, the router chooses for each token. A token's
     selection depends only on earlier segments and the token itself, never on later tokens.

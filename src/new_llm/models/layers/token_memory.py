@@ -99,7 +99,7 @@ class TokenMemoryAttention(MemoryAttention):
 
     @torch.no_grad()
     def initialize_features(self) -> None:
-        """Start with W_k = W_q, W_v = W_o = 1, β = 1, and a gate that does not depend on the token."""
+        """Start with W_k = W_q, with W_v and W_o as identities, β = 1, and a gate that does not depend on the token."""
         self.query.weight *= self.query_key_init_scale
         self.key.weight.copy_(self.query.weight)
         for linear in (self.value, self.dense):
