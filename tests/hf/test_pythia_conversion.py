@@ -183,7 +183,7 @@ def test_gpt_neox_has_no_memory_and_one_pass(tmp_path):
     odd = TransformerLM([PythiaLayer(16, 2, 24), PythiaLayer(16, 1, 24)], 8)
     for model, message in (
         (get_model("mixed"), r"no layers like 0 \(InfiniLayer\), 2 \(MultiMemoryLayer\)"),
-        (selective, "this model 2 times"),
+        (selective, "this model runs them 2 times"),
         (odd, "this model's differ"),
     ):
         with refused(f"{message}.*save_pretrained"):

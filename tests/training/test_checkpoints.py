@@ -158,7 +158,7 @@ def test_damaged_best_weights_come_back_from_a_checkpoint(tmp_path, damage, word
     train(tmp_path, [3.0, 2.0], epochs=2)
     expected = read_best(tmp_path)
     damage(tmp_path / checkpoint.BEST_FOLDER)
-    if "another" not in words:  # which is a model too
+    if "different" not in words:  # which is a model too
         with pytest.raises(UserError, match=words):
             read_best(tmp_path)
     (line,) = train(tmp_path, [4.0], resume=True, epochs=3)
