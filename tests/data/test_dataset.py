@@ -15,6 +15,7 @@ import pytest
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
 from disk_faults import flip, tear
 from new_llm.config import DataConfig, UserError
@@ -26,6 +27,7 @@ from new_llm.data.sources import load_documents, open_source
 from new_llm.data.tokenizer import (
     END_OF_TEXT,
     count_words,
+    encode_text,
     fingerprint_tokenizer,
     tokenize_documents,
     train_tokenizer,
@@ -393,6 +395,8 @@ def test_validation_documents_of_their_own_are_not_trained_on(config, tmp_path):
     assert any("left out 1 exact duplicates" in note for note in data.info["notes"])
     alone = prepare_data(replace(config, validation_source=None))
     assert alone.info["split_fingerprint"] != data.info["split_fingerprint"]
+    with refused("every document is in .*train, too: none is left for training"):
+        prepare_data(replace(config, validation_source=str(train)))
 
 
 @given(text=st.text())
@@ -437,6 +441,14 @@ def test_a_corrupt_tokenizer_file_gets_one_line(tmp_path, content):
     file.write_bytes(content)
     with refused(r"not a valid tokenizer file|not UTF-8"):
         get_tokenizer(str(file), 1.0)
+
+
+def test_text_that_a_tokenizer_knows_no_token_for_gets_one_line():
+    tokenizer = Tokenizer(models.WordLevel({"a": 0}))
+    assert encode_text(tokenizer, "a").tolist() == [0]
+    for encode in (encode_text, lambda tokenizer, text: tokenize_documents([text], tokenizer)):
+        with refused(r"the tokenizer can't encode the text: .*\[UNK\]"):
+            encode(tokenizer, "b")
 
 
 @pytest.fixture

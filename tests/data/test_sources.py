@@ -70,6 +70,9 @@ def test_every_format_gives_the_texts_back(tmp_path, speeches, extension):
     write_packed(file, speeches if extension == "parquet" else pile_lines(speeches))
     assert [text for _, text in read(file)] == speeches
     assert [text for _, text in read(file, max_documents=3)] == speeches[:3]
+    if extension == "parquet":
+        pq.write_table(pa.table({"text": pa.array(speeches, pa.string_view())}), file)
+        assert [text for _, text in read(file)] == speeches
 
 
 @pytest.mark.parametrize("packing", [".gz", ".zst", ".xz"])
@@ -105,6 +108,9 @@ def test_bad_rows_stop_or_are_skipped_and_counted(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(BAD_ROWS)
     pq.write_table(pa.table({"text": ["good", None, "good, too"]}), tmp_path / "a.parquet")
     lines = read_error(tmp_path / "a.jsonl"), read_error(tmp_path / "a.parquet")
+    assert [text for _, text in read(tmp_path, on_bad_row="skip")] == ["good", "good, too"] * 2
+    with refused(r"a\.jsonl: line 2: the field 'text' holds null, not a string$"):  # where skipping is no option
+        list(open_source(DataConfig(source=str(tmp_path))).read())
     assert "a.jsonl: line 2: the field 'text' holds null, not a string (data.on_bad_row: skip" in lines[0]
     assert "a.parquet: row 2: the field 'text' holds null, not a string (data.on_bad_row: skip" in lines[1]
     for name, count, first in (("a.jsonl", 5, "line 2"), ("a.parquet", 1, "row 2")):
@@ -177,7 +183,7 @@ BAD_FILES = {
     "long.jsonl.zst": (b"x" * 2001, "line 1 is longer than 2,000 bytes (data.max_document_bytes)"),
     "long.txt": (b"x" * 2001, "one document of more than 2,000 bytes (data.max_document_bytes)"),
     "long.raw": (b"some words\n" * 300, "the article is longer than 2,000 bytes (data.max_document_bytes)"),
-    "long.parquet": (["a", "x" * 2001], "row 2 is longer than 2,000 bytes (data.max_document_bytes)"),
+    "long.parquet": (["a", "é" * 1001], "row 2 is longer than 2,000 bytes (data.max_document_bytes)"),
 }
 
 

@@ -327,6 +327,10 @@ def test_each_cell_has_a_process_and_a_log(tmp_path, monkeypatch):
 def test_a_cell_that_fails_ends_all_and_is_named(tmp_path, work, error, message):
     with refused(message, error):
         run(open_pool(work, tmp_path, 2, ClusterConfig()))
+    if error is UserError:
+        with refused("no-delta-s0: the text is gone"):
+            run(open_pool(work, tmp_path, 1, ClusterConfig()))
+        assert (tmp_path / LOGS_FOLDER / "no-delta-s0.log").read_text().endswith("\nthe text is gone\n")
 
 
 @pytest.mark.parametrize(

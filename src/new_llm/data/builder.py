@@ -116,6 +116,10 @@ class Builder:
             write_text_atomically(done, json.dumps(notes))
         texts, notes = open_arrow(file), json.loads(done.read_text(encoding="utf-8"))
         if self.validation is not None:
+            if not len(texts):
+                raise UserError(
+                    f"{self.source.name}: every document is in {self.validation.name}, too: none is left for training"
+                )
             return texts, open_arrow(held), notes
         if len(texts) < 2:
             raise UserError(

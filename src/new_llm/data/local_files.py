@@ -31,15 +31,20 @@ MAX_SHOWN_FIELDS, MAX_SHOWN_CHARACTERS = 8, 40  # of field names quoted in an er
 
 
 class BadRows:
-    """Handles records without text: either raises an error that names the record, or skips and counts it."""
+    """Handles records without text: either raises an error that names the record, or skips and counts it.
 
-    def __init__(self, *, skip: bool = False) -> None:
+
+    skip: what `data.on_bad_row` asks for; None: raise, and do not mention that option, which the caller lacks.
+    """
+
+    def __init__(self, *, skip: bool | None = None) -> None:
         self._skip, self._count, self._first = skip, 0, ""
 
     def report(self, message: str) -> None:
         """Count a bad record, or raise a `UserError` unless such records are skipped."""
         if not self._skip:
-            raise UserError(f"{message} (data.on_bad_row: skip would skip such rows)")
+            hint = "" if self._skip is None else " (data.on_bad_row: skip would skip such rows)"
+            raise UserError(f"{message}{hint}")
         self._first = self._first or message
         self._count += 1
 
@@ -261,17 +266,18 @@ def _read_parquet(path: Path, text_field: str, max_bytes: int, bad_rows: BadRows
                 raise UserError(f"{path}: {describe_missing(text_field, names)}")
             kind: Any = file.schema_arrow.field(text_field).type
             kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
                 raise UserError(f"{path}: the field {text_field!r} holds {kind}, not strings")
             row, unpacked = 0, _Unpacked(path)
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[text_field], use_threads=False):
                 for value in batch.column(0):
                     row += 1
                     text = value.as_py()
-                    unpacked.add(len(text or "") + ROW_BYTES)
+                    size = len((text or "").encode())
+                    unpacked.add(size + ROW_BYTES)
                     if text is None:
                         bad_rows.report(f"{path}: row {row}: the field {text_field!r} holds null, not a string")
-                    elif len(text) > max_bytes:
+                    elif size > max_bytes:
                         raise UserError(
                             f"{path}: row {row} is longer than {max_bytes:,} bytes (data.max_document_bytes)"
                         )

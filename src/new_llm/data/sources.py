@@ -211,7 +211,7 @@ def mix_sources(name: str, sources: Sequence[Source], weights: Sequence[float]) 
 
 def load_documents(config: DataConfig) -> Iterator[Document]:
     """Yield the configured source's documents (name, text) in its own order, at most max_documents."""
-    return islice(open_source(config).read(), config.max_documents)
+    return islice(open_source(config).read(BadRows(skip=config.on_bad_row == "skip")), config.max_documents)
 
 
 @register_source("sotu", read_whole=True)

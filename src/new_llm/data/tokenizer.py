@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -203,9 +203,21 @@ def cut_batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
+@contextmanager
+def refuse_unknown_text() -> Iterator[None]:
+    """Around encoding: what a tokenizer has no token for, not even one for unknown text, is a `UserError`."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception:  # `tokenizers` raises no other kind
+            raise
+        raise UserError(f"the tokenizer can't encode the text: {error}") from None
+
+
 def encode_text(tokenizer: Any, text: str) -> NDArray[np.int64]:
     """Encode a text without adding special tokens, with a tokenizer of `tokenizers` or `transformers`; ids [N]."""
-    encoding = tokenizer.encode(text, add_special_tokens=False)
+    with refuse_unknown_text():
+        encoding = tokenizer.encode(text, add_special_tokens=False)
     return np.asarray(getattr(encoding, "ids", encoding), dtype=np.int64)
 
 
@@ -225,7 +237,8 @@ def tokenize_documents(
     try:
         for batch in cut_batches(texts):
             # The fast form omits character offsets, which are not needed here.
-            encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+            with refuse_unknown_text():
+                encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
             ids += [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
             num_bytes += [len(text.encode("utf-8")) for text in batch]
             num_words += [count_words(text) for text in batch]

@@ -27,6 +27,7 @@ from new_llm.config import UserError
 from new_llm.config.evaluation import FillConfig
 from new_llm.config.files import check_regular_file, describe_os_error
 from new_llm.data.local_files import choose_reader, read_file
+from new_llm.data.tokenizer import refuse_unknown_text
 from new_llm.models import TransformerLM, merge_memory_states
 
 PLAIN_EXTENSIONS = (".txt", ".raw", ".tokens")
@@ -110,7 +111,8 @@ def read_document(model: TransformerLM, tokenizer: Tokenizer, pieces: Iterable[s
     held = torch.empty(0, dtype=torch.int64)
     for piece in pieces:
         # The fast form leaves out character offsets, which are not needed.
-        encoding = tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0]
+        with refuse_unknown_text():
+            encoding = tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0]
         held = torch.cat([held, torch.tensor(encoding.ids, dtype=torch.int64)])
         while len(held) >= num_tokens:
             stream.feed_hidden(held[:num_tokens].unsqueeze(0).to(stream.device))

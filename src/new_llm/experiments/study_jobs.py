@@ -163,7 +163,11 @@ class InTurn(NamedTuple):
     def exitcode(self) -> int:
         """Execute the run."""
         with write_log(self.log):
-            self.work(self.cell)
+            try:
+                self.work(self.cell)
+            except UserError as error:
+                print(make_line(error))
+                raise type(error)(f"{self.cell.name}: {error}") from error
         return 0
 
     def terminate(self) -> None:

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from new_llm.config.model import GenerationConfig
+from new_llm.data.tokenizer import encode_text
 from new_llm.models.cache import TextCache
 from new_llm.models.decoding import CapturedCall, DecodingWeights
 from new_llm.models.inputs import check_input_ids, check_mask, mark_valid, plan_packing
@@ -108,7 +109,7 @@ def generate(
 
 def encode_prompts(tokenizer: Tokenizer, prompts: list[str]) -> tuple[Tensor, Tensor]:
     """Prompts as ids [B, T], padded with 0 on the right, and their mask [B, T]. Raises ValueError if one is empty."""
-    rows = [torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64) for text in prompts]
+    rows = [torch.from_numpy(encode_text(tokenizer, text)) for text in prompts]
     if not rows or not all(map(len, rows)):
         raise ValueError("the prompt is empty: at least one token is needed")
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
