@@ -139,6 +139,19 @@ def test_a_measure_that_was_asked_for_and_failed_is_named_with_its_runs(addresse
     assert study_module.list_unmeasured(study, cells[2:]) == []
 
 
+def test_a_run_that_stopped_early_is_compared_at_its_end_with_others_at_theirs(addresses, tmp_path):
+    study = read_settings(write_study(tmp_path / "study.yaml", addresses), StudyConfig)
+    study = dataclasses.replace(study, base=study.base | {"eval": {"checkpoints": [0.25, 0.5]}})
+    for seed, shares in enumerate([[0.3], [0.26, 0.5]]):
+        folder, model = study.folder / Cell("reference", seed).name, {"training": {"tokens": 90}, "evaluation": {}}
+        write_json(folder / "results.json", {"status": "complete", "code": {}, "models": [model]})
+        lines = [{"event": "checkpoint", "share": share, "tokens": 9, "evaluation": {}} for share in shares]
+        (folder / "infini").mkdir()
+        (folder / "infini" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (stages,) = describe_study(study, {}, study_module.gather_runs(study)[1])["checkpoints"].values()
+    assert [(one["tokens"], one["seeds"]) for one in stages] == [(9, [0, 1]), (9, [1]), (90, [0, 1])]
+
+
 def test_runs_that_end_together_are_all_measured(addresses, tmp_path, monkeypatch):
     started: list[str] = []
 

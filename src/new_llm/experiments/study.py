@@ -249,19 +249,25 @@ def measure_cell(study: StudyConfig, cell: Cell, console: Console) -> None:
 def gather_runs(study: StudyConfig) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[dict[str, Any]]]]:
     """By variant, the finished runs with their measurements; and by variant and seed, the measurements during training.
 
-    The latter include unfinished runs; for finished ones, they end with the final measurements.
+    The latter are by the share of training that was asked for, and include unfinished runs; for finished ones, they end
+    with the final measurements at a share of 1, also where patience stopped them early.
     """
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in study.variants}
     logs: dict[str, list[dict[str, Any]]] = {name: [] for name in study.variants}
     for cell in plan_cells(study):
-        name = name_model_folder(study.configure(cell.variant, cell.seed).models[0])
-        log = [line for line in read_metrics(study.folder / cell.name / name) if line["event"] == "checkpoint"]
+        config = study.configure(cell.variant, cell.seed)
+        name, shares = name_model_folder(config.models[0]), config.eval.checkpoints
+        log = {
+            max((share for share in shares if share <= line["share"]), default=line["share"]): line
+            for line in read_metrics(study.folder / cell.name / name)
+            if line["event"] == "checkpoint"
+        }
         if results := read_results(study, cell):
             model, measured = results["models"][0], read_measured(study, cell)
             run = {"seed": cell.seed, "model": model, "code": results["code"], "measured": measured}
             runs[cell.variant].append(run)
             end = {"share": 1.0, "tokens": model["training"]["tokens"], "evaluation": model["evaluation"]}
-            log += [end] if log else []
+            log |= {1.0: end} if shares else {}
         if log:
             logs[cell.variant].append({"seed": cell.seed, "log": log})
     done = {name: found for name, found in runs.items() if found}

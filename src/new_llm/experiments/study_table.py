@@ -299,13 +299,13 @@ def describe_checkpoints(
     `perplexity` of each way of reading (averaged over seeds in the logarithm), and the `comparisons` with the
     reference."""
 
-    def find_runs(variant: str, place: int) -> list[Run]:
-        """The runs that have reached this checkpoint, each with the line of its log as its model's entry."""
+    def find_runs(variant: str, share: float) -> list[Run]:
+        """The runs that were measured at this share, each with the line of its log as its model's entry."""
         logs = [(one["seed"], one["log"]) for one in checkpoints.get(variant, ())]
-        return [{"seed": seed, "model": log[place], "measured": {}} for seed, log in logs if len(log) > place]
+        return [{"seed": seed, "model": log[share], "measured": {}} for seed, log in logs if share in log]
 
-    def describe(variant: str, place: int) -> dict[str, Any]:
-        runs = find_runs(variant, place)
+    def describe(variant: str, share: float) -> dict[str, Any]:
+        runs = find_runs(variant, share)
         perplexity = {
             f"{what}, {way}" if way else what: math.exp(
                 statistics.fmean(one.total_nll.sum() / max(1, one.num_tokens.sum()) for one in by_seed.values())
@@ -313,7 +313,7 @@ def describe_checkpoints(
             for what, ways in list_losses(runs).items()
             for way, by_seed in ways.items()
         }
-        compared = {} if variant == reference else compare_runs(runs, find_runs(reference, place), is_short=True)
+        compared = {} if variant == reference else compare_runs(runs, find_runs(reference, share), is_short=True)
         return {
             "share": runs[0]["model"]["share"],
             "tokens": runs[0]["model"]["tokens"],
@@ -323,7 +323,7 @@ def describe_checkpoints(
         }
 
     return {
-        variant: [describe(variant, place) for place in range(max(len(one["log"]) for one in runs))]
+        variant: [describe(variant, share) for share in sorted({share for one in runs for share in one["log"]})]
         for variant, runs in checkpoints.items()
     }
 
