@@ -179,6 +179,7 @@ def test_a_run_begins_from_the_weights_of_another(tiny, trained_run, monkeypatch
         (trained_run["folder"], {"intermediate_size": 32}, "do not fit infini: layers.0.mlp"),
         (trained_run["folder"], {"tokenizer_vocab_size": 380}, "its tokenizer differs from this run"),
         (str(tiny.runs_dir / "absent"), {}, "no such folder"),
+        (trained_run["folder"], {"vocab_size": 100}, r"model\.vocab_size: the tokenizer has ids up to \d+; the model "),
     ):
         with pytest.raises(UserError, match=message):
             begin("bad", spec, **changes)

@@ -45,7 +45,8 @@ def test_the_headline_names_the_best_and_by_how_much(four_models):
 def test_the_headline_claims_no_more_than_was_measured(four_models):
     assert "have the same sliding-window perplexity" in rank(four_models, 80.0, 80.01)
     assert "There is only one model, and nothing to compare it with." in rank(four_models, 80.0)
-    assert rank(four_models, None, float("nan")).startswith("No model has been evaluated")
+    assert rank(four_models, None, float("nan")) == "No model has a finite figure for sliding-window perplexity."
+    assert rank(four_models).startswith("No model has been evaluated")
     assert "Not evaluated: pythia." in rank(four_models, float("inf"), 76.0)
     assert "spread between seeds is unknown" in rank(four_models, 80.0, 76.0)
 

@@ -302,8 +302,8 @@ class SlidingPerplexity(Perplexity):
 
     def columns(self, result: dict[str, Any]) -> list[Column]:
         """Add the figures that do not depend on the tokenizer, the ratio to the unigram perplexity, and the verdict."""
-        unigram, verdict = result["unigram_perplexity"], result["verdict"]
-        ratio = result["perplexity"] / unigram if unigram else None
+        unigram, verdict, perplexity = result["unigram_perplexity"], result["verdict"], result["perplexity"]
+        ratio = perplexity / unigram if unigram and perplexity is not None else None  # JSON has no infinity
         return [
             *super().columns(result),
             Column("word_perplexity", "per word", result["word_perplexity"], better="lower", group=self.GROUP),

@@ -22,7 +22,7 @@ from new_llm.config.loading import TrainingSettings
 from new_llm.config.terminal import open_console
 from new_llm.data.dataset import PreparedData, find_changes, prepare_data
 from new_llm.data.recall_facts import SamplePlanter
-from new_llm.data.tokenizer import TOKENIZER_FILE, fingerprint_tokenizer
+from new_llm.data.tokenizer import TOKENIZER_FILE, check_vocabulary, fingerprint_tokenizer
 from new_llm.evaluation import (
     LanguageModel,
     Subject,
@@ -450,6 +450,10 @@ class ExperimentRun(Run[ExperimentConfig]):
         own = self.folder / TOKENIZER_FILE
         if begun.get("tokenizer", {}).get("is_trained", True) or not own.is_file():
             self.data = prepare_data(self.config.data)
+            if (rows := self.config.model.vocab_size) is not None:
+                check_vocabulary(
+                    self.data.tokenizer, rows, "model.vocab_size: the tokenizer has ids up to {}; the model"
+                )
             for name in self.config.models if not self.resume else ():
                 self.find_origin(name)  # rejects weights that do not fit
             return self.data
