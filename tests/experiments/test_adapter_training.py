@@ -156,6 +156,8 @@ def test_long_documents_are_chosen_by_the_seed_and_the_same_for_every_run(tiny_a
     assert np.diff(short.train.offsets).tolist() == [40, 40, 40]
     assert short.train.document(1).tolist() == chosen.train.document(1)[:40].tolist()
     assert np.diff(short.validation.offsets).max() == 40
+    assert short.train.count_raw([0, 1]) == (None, None)  # of a document that was cut
+    assert chosen.train.count_raw([0, 1]) == (chosen.train.num_bytes[:2].sum(), chosen.train.num_words[:2].sum())
     assert whole.train.num_documents == int((lengths >= middle).sum())
     assert any("999 long documents were asked for" in note for note in whole.info["notes"])
 

@@ -35,7 +35,7 @@ def tiny(addresses: Path, tmp_path: Path) -> ExperimentConfig:
 
 
 def run(config: ExperimentConfig, models: list[str], **options: Any) -> dict[str, Any]:
-    return run_experiment(models, config, console=Console(file=io.StringIO()), **options)
+    return run_experiment(models, config, **{"console": Console(file=io.StringIO())} | options)
 
 
 def curve(results: dict[str, Any], model: str = "pythia") -> list[float]:
@@ -88,7 +88,10 @@ def test_every_model_trains_as_an_experiment(tiny):
 
 def test_one_seed_gives_one_curve_and_another_seed_another(tiny, trained_run):
     """Bit for bit; a Pythia trained beside another has the curve of one trained alone that is measured on the way."""
-    again = run(change(tiny, name="again", checkpoints=(0.3, 0.6)), ["pythia"])
+    measures = {"checkpoints": (0.3, 0.6), "checkpoint_measures": ("streaming", "long")}
+    console = Console(file=io.StringIO(), width=200)
+    again = run(change(tiny, name="again", **measures), ["pythia"], console=console)
+    assert console.file.getvalue().count("long is not measured along the training: min_tokens: no document has") == 2
     lines = [line for line in read_metrics(Path(again["folder"]) / "pythia") if line["event"] == "checkpoint"]
     losses = [line["evaluation"]["streaming"]["loss"] for line in lines]
     assert losses[0] > losses[1] > again["models"][0]["evaluation"]["sliding"]["loss"]

@@ -175,6 +175,10 @@ def test_runs_that_end_together_are_all_measured(addresses, tmp_path, monkeypatc
         ({"variants": {"a": {"models": ["infini", "pythia"]}}}, "expected one, found 2"),
         ({"variants": {"../a": {}}}, "variants"),
         ({"baselines": ["nope"]}, "'nope' is not a variant"),
+        ({"baselines": ["pythia", "pythia"]}, "baselines and window_baselines: ['pythia', 'pythia'] names a variant"),
+        ({"variants": {"a": {"model": None}}}, "variant a: model: input should be an object"),
+        ({"variants": {"a": {"models": 3, "model": {"gate_init": 1}}}}, "variant a: models: input should be a valid"),
+        ({"variants": {"a": {"model": {"num_memories": 3}}}}, "variant a: model.num_memories: no model of this run"),
         ({"seeds": [1, 1]}, "a seed is given twice"),
         ({"texts": ["validation.txt"]}, "texts: validation.txt: another text is also called 'validation'"),
         (

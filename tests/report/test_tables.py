@@ -267,11 +267,17 @@ def test_differences_leave_out_what_a_model_does_not_take(four_models):
 
 
 def test_runs_are_read_with_their_evaluations(with_long, tmp_path):
-    folder = write_run(tmp_path / "a", with_long, make_record(with_long, "infini"))
+    own = make_record(with_long, "infini") | {
+        "created": "2026-03",
+        "text": {"source": "validation documents of a/b.txt"},
+    }
+    own["subject"] |= {"cache": {"num_states": 2000, "ngram_order": 3, "longest_match": True}}
+    folder = write_run(tmp_path / "a", with_long, make_record(with_long, "infini"), own)
     (folder / "evaluations" / "broken.json").write_text("{")
     (folder / "evaluations" / "future.json").write_text('{"record_version": 9, "kind": "long", "result": {}}')
     (run,) = read_runs([folder])
-    assert [(one.model, one.text) for one in run.evaluations] == [("infini", "war.txt")]
+    cached = "validation documents of b.txt, with a cache of 2,000 states, trigrams, longest match"
+    assert [(one.model, one.text) for one in run.evaluations] == [("infini", "war.txt"), ("infini", cached)]
     assert ["broken.json" in note or "future.json" in note for note in run.notes] == [True, True]
     assert "could not be read and is left out" in read_page([run]).read()
     with pytest.raises(UserError, match="given twice"):

@@ -158,9 +158,9 @@ class TokenSplit:
     offsets: NDArray[np.int64]
     """[num_documents + 1]: document i is tokens[offsets[i] : offsets[i + 1]]."""
     num_bytes: NDArray[np.int64]
-    """[num_documents]: UTF-8 bytes of the raw text."""
+    """[num_documents]: UTF-8 bytes of the raw text; 0: the document was cut short, and they are unknown."""
     num_words: NDArray[np.int64]
-    """[num_documents]: words of the raw text, as `count_words` counts them."""
+    """[num_documents]: words of the raw text, as `count_words` counts them; 0: unknown."""
     num_pinned_documents: int = 0
     """How many documents, counted from the first, every training subset contains: the reversal sentences."""
 
@@ -182,6 +182,12 @@ class TokenSplit:
     def find_long(self, min_tokens: int) -> NDArray[np.int64]:
         """Return the indices of the documents with at least this many tokens."""
         return np.flatnonzero(self.lengths >= min_tokens)
+
+    def count_raw(self, indices: Any) -> tuple[int | None, int | None]:
+        """Bytes and words of the raw text of some documents, by their indices; None: unknown."""
+        counts = self.num_bytes[indices], self.num_words[indices]
+        num_bytes, num_words = (int(count.sum()) if count.all() else None for count in counts)
+        return num_bytes, num_words
 
     def document(self, index: int) -> NDArray[np.unsignedinteger]:
         """Return the tokens of one document."""

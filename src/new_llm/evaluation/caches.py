@@ -208,7 +208,7 @@ class Caches(Measure):
             return None
         indices, num_planned, lengths = indices[: len(parts)], int(lengths.sum()), lengths[: len(parts)]
         is_whole = choice.max_tokens_per_document is None or bool((split.lengths[indices] == lengths + 1).all())
-        num_bytes = int(split.num_bytes[indices].sum()) if is_whole else None
+        num_bytes = split.count_raw(indices)[0] if is_whole else None
         vocab_size, hidden_size = cast(Any, model).embed_out.weight.shape
         caches: list[dict[str, Any]] = []
         losses: dict[str, DocumentLosses] = {}

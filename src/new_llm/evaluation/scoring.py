@@ -290,9 +290,7 @@ def select_documents(split: TokenSplit, max_tokens: int | None, prefix: int | No
     if not tokens:
         least = "two tokens" if prefix is None else "a token"
         raise UserError(f"evaluation: no document has {least} or more, so there is nothing to score")
-    return ScoredDocuments(
-        indices, tokens, num_scored, int(split.num_bytes[indices].sum()), int(split.num_words[indices].sum())
-    )
+    return ScoredDocuments(indices, tokens, num_scored, *split.count_raw(indices))
 
 
 def find_device(model: LanguageModel) -> torch.device:

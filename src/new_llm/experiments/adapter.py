@@ -210,12 +210,13 @@ def choose_long_documents(
 
 
 def cut_documents(split: TokenSplit, chosen: NDArray[np.int64], max_tokens: int | None) -> TokenSplit:
-    """The chosen documents of a split, in this order, cut to `max_tokens`; byte and word counts stay those of the
-    whole documents."""
+    """The chosen documents of a split, in this order, cut to `max_tokens`; byte and word counts of cut documents are
+    unknown."""
+    is_whole = split.lengths[chosen] <= (max_tokens or np.inf)
     documents = [split.document(int(index))[:max_tokens] for index in chosen]
     return TokenSplit(
         tokens=np.concatenate(documents),
         offsets=np.cumsum([0, *map(len, documents)], dtype=np.int64),
-        num_bytes=split.num_bytes[chosen],
-        num_words=split.num_words[chosen],
+        num_bytes=split.num_bytes[chosen] * is_whole,
+        num_words=split.num_words[chosen] * is_whole,
     )

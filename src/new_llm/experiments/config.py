@@ -397,10 +397,16 @@ class StudyConfig(RunSettings):
                 raise UserError(f"study: {name!r} is not a variant; the variants are {', '.join(self.variants)}")
         if self.long_documents and (self.long_documents.baselines or self.long_documents.window_baselines):
             raise UserError("study: long_documents can't have baselines of its own; use the study's baselines")
+        if len(set(self.all_baselines)) < len(self.all_baselines):
+            raise UserError(f"study: baselines and window_baselines: {list(self.all_baselines)} names a variant twice")
         if len(set(self.seeds)) < len(self.seeds):
             raise UserError(f"seeds: {list(self.seeds)}: a seed is given twice")
         for name in self.variants:
             config = self.configure(name, self.seeds[0])
+            try:
+                config.model.check_taken(config.models)
+            except UserError as error:
+                raise UserError(f"{self.name}: variant {name}: {error}") from None
             if name in self.window_baselines and self.long_documents:
                 window, where = config.context_tokens(config.models[0]), f"{self.name}: long_documents.window_stride"
                 self.long_documents.choose_window_stride(window, where, name)  # rejects one over the window
@@ -460,17 +466,21 @@ class StudyConfig(RunSettings):
             if key in values:
                 raise UserError(f"{self.name}: variant {variant}: {key}: is set by the study")
 
+        models = values.get("models")
+        names = [name for name in models if isinstance(name, str)] if isinstance(models, list | tuple) else []
+
         def is_taken(option: str) -> bool:
-            return any(option in find_model_kind(name).defaults for name in values.get("models", ()))
+            return any(option in find_model_kind(name).defaults for name in names)
 
         own, given = change.get("model", {}), values.get("model", {})
-        values["model"] = {
-            name: value
-            for name, value in given.items()
-            if name in own or name not in list_option_fields() or is_taken(name)
-        }  # an option in base applies to the variants that have it
-        if "options" in given and "options" not in own:
-            values["model"]["options"] = {name: value for name, value in given["options"].items() if is_taken(name)}
+        if isinstance(own, dict) and isinstance(given, dict):  # anything else is refused below
+            values["model"] = {
+                name: value
+                for name, value in given.items()
+                if name in own or name not in list_option_fields() or is_taken(name)
+            }  # an option in base applies to the variants that have it
+            if isinstance(options := given.get("options"), dict) and "options" not in own:
+                values["model"]["options"] = {name: value for name, value in options.items() if is_taken(name)}
         values |= {"name": f"{variant}-s{seed}", "seed": seed, "runs_dir": str(self.folder)}
         config = settings_from_dict(values, ExperimentConfig, f"{self.name}: variant {variant}")
         if len(config.models) != 1:

@@ -337,6 +337,14 @@ class Run(ABC, Generic[Config]):
     def _train(self, name: str, folder: Path) -> TrainingResult:
         config, data, processes = self.config, self.data, self.processes
         progress = TrainingProgress(name, self.console, device=self.device)
+
+        def measure_checkpoint(model: TransformerLM) -> dict[str, Any]:
+            refused: dict[str, str] = {}
+            found = measure(self._make_subject(model), config.eval.checkpoint_measures, refused=refused)
+            for what, why in refused.items():
+                progress.note(f"{what} is not measured along the training: {why}")
+            return found
+
         # Sharded weights come from the main process.
         has_weights = processes.is_main or config.train.sharding != "fsdp"
         with nullcontext() if has_weights else torch.device("meta"):
@@ -351,7 +359,7 @@ class Run(ABC, Generic[Config]):
             config.train,
             folder,
             validate=self.measure_validation_loss,
-            measure=lambda model: measure(self._make_subject(model), config.eval.checkpoint_measures, refused={}),
+            measure=measure_checkpoint,
             checkpoints=config.eval.checkpoints,
             device=self.device,
             progress=progress,

@@ -146,14 +146,14 @@ def describe_ranking(series: Sequence[Series]) -> Headline:
     place, scores = find_scores(series)
     if place is None:
         found = [(one.name, measured) for one in series for m in one.members for measured in m.measured.values()]
-        said: list[str] = []
+        sentences: list[str] = []
         for name, measured in found:
             if any(column.better for column in ask_measure(measured.measure, "columns", measured.result, [])):
                 title = make_line(MEASURES[measured.measure].title)
                 return Headline(f"No model has a finite figure for {title}.", [])
             if sentence := describe(measured.measure, measured.result):
-                said.append(f"{name}: {sentence}.")
-        return Headline(said[0] if said else "No model has been evaluated yet.", [])
+                sentences.append(f"{name}: {sentence}.")
+        return Headline(sentences[0] if sentences else "No model has been evaluated yet.", [])
     column = scores[0].column
     what = make_line(MEASURES[place[0]].title)
     scores.sort(key=lambda score: score.mean, reverse=column.better == "higher")

@@ -21,6 +21,7 @@ from new_llm.config import UserError
 from new_llm.config.evaluation import EVALUATIONS_FOLDER, RECORD_VERSION, RESULTS_VERSION
 from new_llm.config.files import read_json_file, read_mapping
 from new_llm.config.loading import describe_own_error, flatten_settings, is_user_name
+from new_llm.config.model import COMPONENTS
 from new_llm.config.terminal import make_line
 from new_llm.data.hub import describe_failure
 from new_llm.evaluation import MEASURES, Column, ModelResult, ask_measure
@@ -140,11 +141,10 @@ def read_evaluations(folder: Path) -> tuple[list[Measured], list[str]]:
             record = read_json_file(file)
             if record["record_version"] != RECORD_VERSION:
                 raise ValueError(record["record_version"])
-            source = get_value(record, "text", "source")
             measured = Measured(  # of a kind with several protocols, each is a measure
                 measure=make_line(record["result"].get("protocol") or record["kind"]),
                 model=make_line(record["subject"].get("model") or ""),
-                text=OWN_TEXT if source is None else make_line(Path(source).name),
+                text=name_text(get_value(record, "text", "source"), record["subject"]),
                 result=record["result"],
                 is_complete=record["status"] != "partial",
                 created=record["created"],
@@ -156,6 +156,18 @@ def read_evaluations(folder: Path) -> tuple[list[Measured], list[str]]:
         except (LookupError, TypeError, ValueError):
             notes.append(f"The evaluation {make_line(file.name)} has an unknown form and is left out.")
     return sorted(found, key=lambda one: one.created), notes
+
+
+def name_text(source: str | None, subject: dict[str, Any]) -> str:
+    """The name of a measured text, which has its own columns; a model with a cache or an adapter has others again."""
+    prefix, cache = f"{OWN_TEXT} of ", subject.get("cache") or {}
+    text = OWN_TEXT if source is None else Path(source.removeprefix(prefix)).name
+    text = prefix + text if (source or "").startswith(prefix) else text
+    order, parts = cache.get("ngram_order"), [f"{cache['num_states']:,} states"] if cache.get("num_states") else []
+    parts += [COMPONENTS[1 + order]] if order else []
+    parts += ["longest match"] if cache.get("longest_match") else []
+    text += f", with a cache of {', '.join(parts)}" if parts else ""
+    return make_line(f"{text}, with an adapter" if subject.get("parallel_adapter") else text)
 
 
 def get_value(entry: Any, *keys: str) -> Any:
