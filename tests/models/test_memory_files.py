@@ -252,7 +252,7 @@ def test_layers_above_the_last_memory_run_only_in_several_passes(kind, layers, n
     ("name", "content", "message"),
     [
         ("missing.txt", None, "no such file"),
-        ("empty.txt", b"", "empty: there is no text in it"),
+        ("empty.txt", b"", "empty.txt: the file is empty"),
         ("binary.txt", b"good text " * 50 + b"\0", "binary"),
         ("cut.txt", b"x " * 60 + "\xe9".encode()[:1], "0xc3"),
         ("broken.jsonl", b"{", "line 1: not a JSON object"),

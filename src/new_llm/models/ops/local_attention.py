@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, library
-from torch.autograd.function import once_differentiable
 
 from new_llm.models.ops import kernels
 from new_llm.models.ops.kernels import native
@@ -302,7 +301,7 @@ class _SplitHeads(torch.autograd.Function):
         return native.split_heads(found, mixed, num_heads, angles)
 
     @staticmethod
-    @once_differentiable
+    @kernels.differentiate_once
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         found = native.load_kernels()
         assert found is not None
