@@ -33,8 +33,8 @@ MAX_SHOWN_FIELDS, MAX_SHOWN_CHARACTERS = 8, 40  # of field names quoted in an er
 class BadRows:
     """Handles records without text: either raises an error that names the record, or skips and counts it.
 
-
-    skip: what `data.on_bad_row` asks for; None: raise, and do not mention that option, which the caller lacks.
+    Args:
+        skip: what `data.on_bad_row` asks for; None: raise, without a hint at that option, which the caller lacks.
     """
 
     def __init__(self, *, skip: bool | None = None) -> None:

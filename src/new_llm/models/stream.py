@@ -61,9 +61,8 @@ class MemoryStream:
         check_input_ids(input_ids, self.model.vocab_size)
         if input_ids.shape[0] != self.batch_size:
             raise ValueError(f"{input_ids.shape[0]} rows of tokens for a stream of {self.batch_size} rows")
-        if (
-            self._is_inference and not torch.is_inference_mode_enabled()
-        ):  # its tensors can't be changed in place outside
+        if self._is_inference and not torch.is_inference_mode_enabled():
+            # Tensors made under inference_mode can't be changed in place outside.
             self.opened = map_tensors(self.opened, torch.clone)
         self._is_inference = torch.is_inference_mode_enabled()
         packing = plan_packing(attention_mask, input_ids)
