@@ -64,7 +64,7 @@ def test_a_cache_is_tuned_on_the_text_that_is_named_for_it(run, split, tmp_path,
     flags = [*plain, "--cache", 30, "--ngrams", 2]
     given = measure("ppl", run, *flags)
     tuned = measure("ppl", run, *flags, "--cache.tuning-source", other, "--cache.tuning-tokens", 200)
-    assert "with a cache around the model (990 numbers" in capsys.readouterr().out
+    assert "with a cache added to the model (990 numbers" in capsys.readouterr().out
     bare = measure("ppl", run, *plain)
     assert "cache" not in bare["subject"]
     perplexities = [record["result"]["perplexity"] for record in (tuned, given, bare)]

@@ -193,7 +193,7 @@ CASES = [
     ("eval ppl --run {run} --model nope", "no model 'nope' here"),
     ("eval ppl --run {run} --model infini", "belongs to no run, so give a text"),
     ("eval ppl --run {run} --model infini --data.source nope.txt", "nope.txt: no such file"),
-    (f"eval ppl {EVAL} --data.whole-files", "speeches.jsonl: holds rec"),
+    (f"eval ppl {EVAL} --data.whole-files", "speeches.jsonl: contains rec"),
     ("eval ppl --run {run} --model infini --revision main", "--revision: only for Hugging Face models"),
     ("eval ppl --run {run} --context 8 --stride 9", "stride: 9 exceeds eval.context (8)"),
     ("eval ppl --run {run} --position-edges 4 2", "position_edges: [4, 2] must start with 0"),

@@ -128,8 +128,8 @@ def _build_layer(entry: dict[str, Any]) -> Layer:
     _validate(LayerShape, _pick_fields(LayerShape, settings))
     if kind not in LAYER_KINDS:
         raise ValueError(
-            f"unknown layer kind {kind!r}; known are {', '.join(LAYER_KINDS)}; a layer of your own becomes known when "
-            "its module is imported, for example by --model my_module:MyLayer"
+            f"unknown layer kind {kind!r}; known are {', '.join(LAYER_KINDS)}; import the module of your own layer "
+            "first, as --model my_module:MyLayer does"
         )
     layer_type = LAYER_KINDS[kind]
     _validate(layer_type.options_type, _pick_fields(layer_type.options_type, settings))
