@@ -57,7 +57,7 @@ def test_a_step_in_single_precision_is_the_layers_own(rows, heads, rotary_pct, f
             found = read_by_steps(model, ids, mask, first)
     assert calls
     assert share < 1 or calls == [rows] * 70
-    torch.testing.assert_close(found[mask], expected[mask], atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(found[mask], expected[mask], atol=5e-5, rtol=5e-5)
 
 
 @pytest.mark.parametrize("name", ["pythia", *MIXED_STACKS])
