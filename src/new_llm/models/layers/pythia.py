@@ -115,10 +115,8 @@ class RotarySoftmax:
         """Attend within whole segments; q, k and v are [B, heads, S, K], not yet rotated."""
         if self.rotary_dim:
             settings = self.rotary_dim, float(self.rotary_emb_base), q.dtype
-            if torch.compiler.is_compiling():
-                cos, sin = make_rotary_table(q.shape[2], *settings, q.device).unbind()
-            else:
-                cos, sin = compute_rotary_angles(torch.arange(q.shape[2], device=q.device), *settings)
+            table = make_rotary_table if torch.compiler.is_compiling() else _keep_rotary_table
+            cos, sin = table(q.shape[2], *settings, q.device).unbind()
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         return causal_attention(q, k, v)
 
