@@ -83,7 +83,7 @@ class Processes:
         """Return the rows of a batch that this process reads: equal contiguous shares in rank order."""
         if num_rows % self.count:
             raise UserError(
-                f"{what}: {num_rows} rows can't be divided among {self.count} processes; the total over all processes "
+                f"{what}: {num_rows} can't be divided among {self.count} processes; the total over all processes "
                 f"must be a multiple of {self.count}"
             )
         own = num_rows // self.count

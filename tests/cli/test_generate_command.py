@@ -18,7 +18,7 @@ from new_llm.models import load_memory_file
 from new_llm.models.memory_file import read_memory_file
 from tiny import COMMAND, ENVIRONMENT, load_best, wait_until
 
-STATISTICS = r"(\d+) new tokens after (\d+) prompt tokens in [\d.]+ s, [\d,]+ tokens/s, 1 pass per token\n"
+STATISTICS = r"(\d+) new tokens? after (\d+) prompt tokens? in [\d.]+ s, [\d,]+ tokens/s, 1 pass per token\n"
 PROMPT = "The Congress — and the people — "
 
 

@@ -46,7 +46,7 @@ def talk(processes: Processes) -> None:
     assert processes.run_on_main(lambda: os.environ["RANK"]) == "0"
     assert processes.sum(np.array([rank, 0.25])).tolist() == [3, 0.75]
     assert processes.slice_rows(6) == slice(2 * rank, 2 * rank + 2)
-    with pytest.raises(UserError, match=r"train\.batch_size: 7 rows can't be divided among 3 processes"):
+    with pytest.raises(UserError, match=r"train\.batch_size: 7 can't be divided among 3 processes"):
         processes.slice_rows(7)
     model = torch.nn.Linear(2, 3)
     torch.nn.init.constant_(model.weight, rank)
@@ -157,7 +157,7 @@ def test_sigterm_to_the_launcher_saves_and_one_process_goes_on(tmp_path, flags, 
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (("--batch-size", "5"), "5 rows can't be divided among 2 processes"),
+        (("--batch-size", "5"), "5 can't be divided among 2 processes"),
         (("--data.source", "nowhere"), "nowhere: no such file or folder"),
     ],
 )

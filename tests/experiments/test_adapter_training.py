@@ -159,7 +159,7 @@ def test_long_documents_are_chosen_by_the_seed_and_the_same_for_every_run(tiny_a
     assert short.train.count_raw([0, 1]) == (None, None)  # of a document that was cut
     assert chosen.train.count_raw([0, 1]) == (chosen.train.num_bytes[:2].sum(), chosen.train.num_words[:2].sum())
     assert whole.train.num_documents == int((lengths >= middle).sum())
-    assert any("999 long documents were asked for" in note for note in whole.info["notes"])
+    assert any("long documents asked for: 999" in note for note in whole.info["notes"])
 
 
 def test_wikitext_is_measured_where_there_is_a_file_and_noted_where_the_hub_is_out_of_reach(

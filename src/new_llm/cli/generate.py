@@ -13,6 +13,7 @@ from new_llm.config.errors import UserError
 from new_llm.config.files import read_text_file
 from new_llm.config.model import GenerationConfig
 from new_llm.config.terminal import make_printable, print_text
+from new_llm.formats import format_plural
 
 # Modules that import torch are imported in `execute`, so that help and flag errors appear at once.
 if TYPE_CHECKING:
@@ -136,10 +137,10 @@ class Generate(Command):
         else:
             self.show(prompts, found)
         for _, statistics in found:
-            passes = "1 pass" if statistics.passes == 1 else f"{statistics.passes} passes"
             print(
-                f"{statistics.num_tokens:,} new tokens after {statistics.num_prompt_tokens:,} prompt tokens in "
-                f"{statistics.seconds:.2f} s, {statistics.tokens_per_second:,.0f} tokens/s, {passes} per token",
+                f"{format_plural(statistics.num_tokens, 'new token')} after "
+                f"{format_plural(statistics.num_prompt_tokens, 'prompt token')} in {statistics.seconds:.2f} s, "
+                f"{statistics.tokens_per_second:,.0f} tokens/s, {format_plural(statistics.passes, 'pass')} per token",
                 file=sys.stderr,
             )
 

@@ -95,7 +95,7 @@ class Show(Command):
 
         content = read_memory_file(self.file)
         console, record = open_console(), content.record
-        whose = "all rows together" if record.rows is None else f"each of {record.rows} rows"
+        whose = "all rows together" if record.rows is None else f"each of {format_plural(record.rows, 'row')}"
         lines = [
             f"{self.file}: {self.file.stat().st_size:,} bytes, written {record.created} by new-llm "
             f"{record.program_version}",

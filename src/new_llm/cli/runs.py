@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 from new_llm.cli.command import Command, CommandGroup
 from new_llm.config.errors import UserError
 from new_llm.config.terminal import open_console, print_text
-from new_llm.formats import format_short
+from new_llm.formats import format_plural, format_short
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,7 +50,7 @@ class ListRuns(Command):
             rows += [(f"{name}: {model.name}", head | describe_model(model)) for model in found.models]
         console = open_console()
         console.print(ColumnTable.of_words(rows))
-        for line in (*faults, f"{len(runs)} runs in {self.runs_dir}"):
+        for line in (*faults, f"{format_plural(len(runs), 'run')} in {self.runs_dir}"):
             console.print(line, soft_wrap=True)
 
 

@@ -221,7 +221,7 @@ def prepare_data(config: DataConfig) -> PreparedData:
         for name, split in (("train", train), ("validation", validation))
     }
     if config.num_samples and (available := counts["train"]["num_samples"]) < config.num_samples:
-        notes.append(f"num_samples is {config.num_samples:,}, but the training split has only {available:,} samples")
+        notes.append(f"num_samples is {config.num_samples:,}, but the training split has only {available:,}")
     info = {
         "source": source.name,
         "source_fingerprint": source.fingerprint,

@@ -271,7 +271,7 @@ def _open_local(path: Path, config: DataConfig, whole_files: bool) -> Source:
         if ignored := sorted(set(found) - set(files)):
             shown = ", ".join(file.relative_to(path).as_posix() for file in ignored[:3])
             more = f" and {len(ignored) - 3:,} more" if len(ignored) > 3 else ""
-            notes = (f"ignored {len(ignored):,} files in {path}, hidden or of other formats: {shown}{more}",)
+            notes = (f"ignored files in {path}, hidden or of other formats: {shown}{more}",)
     elif path.is_file():
         choose_reader(path)
     else:

@@ -320,7 +320,7 @@ class LongDocuments(Measure):
         if RESET in overall and FOREIGN not in overall:
             notes.append("a single document: there is no other document's memory")
         elif overall[CARRIED]["low"] is None:
-            notes.append(f"{result['num_documents']} documents are too few for intervals over documents")
+            notes.append(f"{format_plural(result['num_documents'], 'document')}: too few for intervals over documents")
         return notes
 
     def charts(self, results: Sequence[ModelResult]) -> list[Chart]:

@@ -48,7 +48,7 @@ from new_llm.evaluation.scoring import (
     join_scores,
 )
 from new_llm.evaluation.statistics import DocumentLosses, draw_resamples, find_interval
-from new_llm.formats import format_count, format_number, format_percent
+from new_llm.formats import format_count, format_number, format_percent, format_plural
 from new_llm.processes import ALONE, Processes
 
 Direction = Literal["forward", "backward"]
@@ -532,12 +532,12 @@ class ReversalCurse(Measure):
         text, bootstrap, trained = result["text"], result["bootstrap"], result["text"]["num_trained"]
         what = "It is unknown whether the training text contained forward sentences."
         if trained is not None:
-            what = f"The training text contained {trained} sentences of the project's own pairs"
+            what = f"The training text contained {format_plural(trained, 'sentence')} of the project's own pairs"
             what += f"; {text['num_own']} of the measured pairs are the project's own."
         if text.get("num_taught"):
-            what += f" {text['num_taught']} pairs were also taught backward, and are not measured."
+            what += f" Also taught backward, and not measured: {format_plural(text['num_taught'], 'pair')}."
         return [
-            f"{text['num_pairs']} pairs in {text['num_relations']} relations. {what}",
+            f"{format_plural(text['num_pairs'], 'pair')} in {format_plural(text['num_relations'], 'relation')}. {what}",
             f"{bootstrap['confidence']:.0%} intervals from {bootstrap['num_resamples']:,} bootstrap resamples.",
         ]
 

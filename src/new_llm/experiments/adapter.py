@@ -192,7 +192,7 @@ def choose_long_documents(
             f"{longest:,}); use longer documents, a smaller --min-doc-tokens or a smaller --seq-length"
         )
     if len(long) < num_docs:
-        notes.append(f"{num_docs:,} long documents were asked for; {len(long):,} have {min_tokens:,} tokens or more")
+        notes.append(f"long documents asked for: {num_docs:,}; of {min_tokens:,} tokens or more: {len(long):,}")
     chosen = np.sort(np.random.default_rng([seed, CHOICE_STREAM]).permutation(long)[:num_docs])
     held_out = data.validation.find_long(min_tokens)
     if not len(held_out):

@@ -349,7 +349,7 @@ def _render(column: Column, summary: Mapping[str, Any]) -> str:
 def render_introduction(summary: Mapping[str, Any]) -> str:
     """The study's question, and how to read its figures."""
     return (
-        f"{make_line(summary['question'])} Figures are means over {summary['num_seeds']} seeds with 95 % intervals: "
+        f"{make_line(summary['question'])} Figures are means (seeds: {summary['num_seeds']}) with 95 % intervals: "
         "over documents for a single seed, and none for two seeds. Differences are relative; below 0, the carried "
         "memory is better. Models are compared paired by seed and document, and intervals hold for other seeds and "
         "other documents. A difference that chance could explain is followed by the smallest one that would have been "

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from new_llm.formats import format_plural
 from new_llm.models.layers import Layer
 from new_llm.models.state import LayerMemory, state_from_dict, state_to_dict
 
@@ -62,9 +63,10 @@ class HeldMemory(nn.Module):
     def reset_rows(self, rows: Tensor) -> None:
         """Empty the rows of a per-row memory where `rows`, [B] bool on the CPU, is True, e.g. at a document's start."""
         if self._held_rows != rows.shape[0]:
-            held = "one memory shared by all rows" if self._held_rows is None else f"{self._held_rows} rows"
+            held = "one memory shared by all rows" if self._held_rows is None else format_plural(self._held_rows, "row")
             raise ValueError(
-                f"reset_rows of {rows.shape[0]} rows, but the model holds {held}: use reset_memory(batch_size)"
+                f"reset_rows of {format_plural(rows.shape[0], 'row')}, but the model holds {held}: "
+                "use reset_memory(batch_size)"
             )
         if not bool(rows.any()):
             return
@@ -89,7 +91,7 @@ class HeldMemory(nn.Module):
             self._held, self._held_rows = kept
             return
         if rows != self._held_rows:
-            raise ValueError(f"restore_memory: {rows} rows were held then, {self._held_rows} now")
+            raise ValueError(f"restore_memory: rows held then: {rows}, now: {self._held_rows}")
         self._held = [
             None if now is None else (now.emptied() if old is None else old).select_rows(if_true.expand(now.rows), now)
             for old, now in zip(before, self._held, strict=True)
@@ -152,8 +154,8 @@ class HeldMemory(nn.Module):
         """The held memory expanded to the batch's rows, as views, and the held memory itself."""
         if self._held_rows not in (None, batch_size):
             raise ValueError(
-                f"a batch of {batch_size} rows, but the model holds a memory for each of {self._held_rows}: "
-                "call reset_memory(batch_size) first"
+                f"a batch of {format_plural(batch_size, 'row')}, but the model holds a memory for each of "
+                f"{self._held_rows}: call reset_memory(batch_size) first"
             )
         for index, memory in enumerate(self._held):
             if memory is None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from new_llm.formats import format_plural
 from new_llm.models.inputs import check_input_ids, mark_valid, plan_packing
 from new_llm.models.layers import Layer, ReadTokens, Step
 from new_llm.models.state import keep_places, list_tensors, map_tensors
@@ -60,7 +61,7 @@ class MemoryStream:
             raise ValueError("the stream is closed; open another one")
         check_input_ids(input_ids, self.model.vocab_size)
         if input_ids.shape[0] != self.batch_size:
-            raise ValueError(f"{input_ids.shape[0]} rows of tokens for a stream of {self.batch_size} rows")
+            raise ValueError(f"{format_plural(input_ids.shape[0], 'row')} of tokens for a stream of {self.batch_size}")
         if self._is_inference and not torch.is_inference_mode_enabled():
             # Tensors made under inference_mode can't be changed in place outside.
             self.opened = map_tensors(self.opened, torch.clone)
@@ -160,7 +161,7 @@ class MemoryStream:
     def reset_rows(self, rows: Tensor) -> None:
         """Restart some rows, [B] bool, with empty memory, e.g. where a row's next document begins."""
         if rows.shape != (self.batch_size,):
-            raise ValueError(f"reset_rows of shape {tuple(rows.shape)} for a stream of {self.batch_size} rows")
+            raise ValueError(f"reset_rows: the shape is {list(rows.shape)}, not [{self.batch_size}]")
         chosen = rows.to(self.device, torch.bool, non_blocking=True)
         for index, layer in enumerate(self.model.layer_list):
             memory = self.memories[index]
@@ -188,12 +189,11 @@ class MemoryStream:
             raise ValueError("a stream with reset rows can't be added to a shared memory: give each row its own memory")
         if update_memory and self.model.memory_rows != self._start_rows:
             now, before = (
-                "one memory shared by all rows" if rows is None else f"a memory for each of {rows} rows"
+                "one memory shared by all rows" if rows is None else f"a memory per row ({rows})"
                 for rows in (self.model.memory_rows, self._start_rows)
             )
             raise ValueError(
-                f"the model holds {now}, but held {before} when this stream of {self.batch_size} rows began: "
-                "the stream's memory can't be added"
+                f"the model holds {now}, but held {before} when this stream began: the stream's memory can't be added"
             )
         self._is_closed = True
         if update_memory:

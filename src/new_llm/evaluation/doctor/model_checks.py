@@ -70,7 +70,7 @@ def check_weights(exam: Examination) -> Finding:
     rows = exam.model.vocab_size
     if broken:
         return fault(
-            f"{len(broken)} tensors are not finite, first {broken[0]}: training diverged or the file is damaged",
+            f"weights not finite ({len(broken)}), first {broken[0]}: training diverged or the file is damaged",
             "use an earlier checkpoint, or train with a lower learning rate",
         )
     if largest >= rows:
