@@ -176,7 +176,7 @@ CASES = [
     ("experiment --models infinii", "infini"),
     ("experiment --device tpu", "--device: 'tpu' is an invalid choice; allowed are auto, cpu, cuda (see"),
     ("experiment --train.compile yes", "--train.compile: 'yes' is an invalid choice; allowed are "),
-    ("experiment --resume", "--name"),
+    ("experiment --resume --eval.measures nope", "--resume needs --name"),
     ("experiment --resume --name absent", "absent"),
     ("experiment --model.hidden-size 48 --model.num-attention-heads 4", "rotary_pct: 0.25 of a head of width 12"),
     ("experiment --models infini --model.num-memory-heads 3", "infini can't be built: num_memory_heads: 3"),
@@ -185,6 +185,7 @@ CASES = [
     ("train-adapter --out adapter.bin", "must end with"),
     ("train-adapter --train.sharding fsdp", "an adapter needs ddp"),
     ("train-adapter --segments-per-sample 3", "not a multiple"),
+    ("train-adapter --layers 0 0", "new-llm: adapter.layers: [0, 0] names a layer twice"),
     ("eval", "choose one of doctor, long, measures, positions, ppl, recall, reversal (see new-llm eval --help)"),
     ("eval nope", "unknown command 'eval nope'; allowed are doctor, long, measures, positions, ppl, recall, reversal"),
     ("eval ppl", "--run: give a run folder"),
@@ -257,7 +258,9 @@ def other(untrained_run, tmp_path_factory):
 def test_bad_input_is_one_line(command, message, untrained_run, other, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     before = [sorted(folder.rglob("*")) for folder in (untrained_run, other)]
-    assert message in refuse(capsys, command.format(run=untrained_run, other=other))
+    line = refuse(capsys, command.format(run=untrained_run, other=other))
+    assert message in line
+    assert not re.search(r"\b[A-Z]\w+(Config|Options):", line)  # classes of ours
     assert [sorted(folder.rglob("*")) for folder in (untrained_run, other)] == before
     assert list(tmp_path.iterdir()) == []
 

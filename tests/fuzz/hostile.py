@@ -141,7 +141,7 @@ HOSTILE = {
     ],
     "gpt-neox folder": [
         ("NaN", put_nan, "NaN or infinite"),
-        ("a huge width", edit_json("config.json", hidden_size=1 << 40), "config.json: PythiaConfig: hidden_size"),
+        ("a huge width", edit_json("config.json", hidden_size=1 << 40), "config.json: hidden_size"),
     ],
     "gpt-neox pickle": [
         ("a payload", save_payload(PICKLE), "not readable as plain"),

@@ -36,7 +36,7 @@ def section(kind: type[T]) -> type[T]:
         try:
             validate(self, *args, **(place(kwargs) if place else kwargs))
         except ValidationError as error:
-            raise describe_validation_error(error, kind.__name__) from None
+            raise describe_validation_error(error) from None
 
     made.__init__ = __init__
     return cast(type[T], made)
@@ -82,8 +82,8 @@ def _read_docs(module: str) -> dict[str, dict[str, str]]:
     }
 
 
-def describe_validation_error(error: ValidationError, where: str) -> UserError:
-    """One line for all faults of a configuration, each with its field's name."""
+def describe_validation_error(error: ValidationError, where: str = "") -> UserError:
+    """One line for all faults of a configuration, each with its field's name; `where` names the file, if any."""
     faults: list[str] = []
     # pydantic also reports a list as too short if its items were rejected.
     refused = {fault["loc"][:-1] for fault in error.errors() if fault["loc"]}
@@ -103,7 +103,7 @@ def describe_validation_error(error: ValidationError, where: str) -> UserError:
                 faults.append(f"{name}: {message[0].lower()}{message[1:]} (got {preview(fault['input'])})")
     if (more := len(found) - MAX_FAULTS) > 0:
         faults.append(f"and {more} more")
-    return UserError(f"{where}: " + "; ".join(fault[:MAX_FAULT_CHARACTERS] for fault in faults))
+    return UserError((where and f"{where}: ") + "; ".join(fault[:MAX_FAULT_CHARACTERS] for fault in faults))
 
 
 def preview(value: Any) -> str:

@@ -102,8 +102,6 @@ def hold_run(config: Settings, *, resume: bool, processes: Processes = ALONE) ->
 @contextmanager
 def _hold_alone(config: Settings, resume: bool) -> Iterator[tuple[Settings, Path]]:
     if config.name is None:
-        if resume:
-            raise UserError("--resume needs --name NAME, the run to continue")
         name = f"{UNNAMED}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
         config = dataclasses.replace(cast(Any, config), name=name)
     folder = config.runs_dir / str(config.name)

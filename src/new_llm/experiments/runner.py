@@ -172,6 +172,8 @@ class Run(ABC, Generic[Config]):
         """Train and measure all models that are not done yet; see `run_experiment`."""
         train = self.config.train
         with self.processes.guard(), compute_deterministically(train.deterministic):
+            if self.resume and self.config.name is None:
+                raise UserError("--resume needs --name NAME, the run to continue")
             self.device = self.processes.place(choose_device(self.config.device))
             self.precision = choose_precision(train.precision, self.device)
             self.autocast = make_autocast(self.precision, self.device)

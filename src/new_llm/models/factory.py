@@ -198,7 +198,7 @@ def resolve_options(model_type: str, options: Mapping[str, Any], recipe: str | N
         try:
             checked = part(**{name: value for name, value in values.items() if name in names})
         except UserError as error:
-            raise UserError(str(error).replace(part.__name__, str(model_type), 1)) from None
+            raise UserError(f"{model_type}: {error}") from None
         resolved |= dataclasses.asdict(checked)
     return resolved
 
