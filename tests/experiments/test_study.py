@@ -94,7 +94,7 @@ def test_a_study_from_one_command(addresses, tmp_path, capsys):
     row = rows["no-delta", "Validation perplexity: sliding"]
     assert [float(row[f"seed_{seed}"]) for seed in "01"] == list(other.values())
     assert float(row["difference_mean"]) == pytest.approx(expected)
-    assert "minutes on two cores" in capsys.readouterr().err
+    assert "about 1 min on two cores" in capsys.readouterr().err
 
     # Again: nothing is trained or measured anew.
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*.json") if file.name != "study.json"}
@@ -121,6 +121,24 @@ def test_only_some_variants_and_a_study_that_is_moved(addresses, tmp_path, monke
     study.folder.parent.rename(tmp_path / "elsewhere")
     study_module.run_study(dataclasses.replace(study, runs_dir=tmp_path / "elsewhere"))
     assert len(trained) == 3 + 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"eval": {"measures": ["my_module:Needy"]}}, "eval.measures: my_module:Needy: "),
+        ({"eval": {"checkpoint_measures": ["slidin"]}}, "eval.measures: unknown measure 'slidin'"),
+        ({"model": {"num_memory_heads": 3}}, "model: infini can't be built: num_memory_heads: 3"),
+    ],
+)
+def test_a_variant_that_would_fail_is_refused_before_any_is_trained(change, message, addresses, own_folder):
+    measure = "class Needy(SlidingPerplexity):\n    name = 'needy'\n    def __init__(self, threshold): pass\n"
+    (own_folder / "my_module.py").write_text(f"from new_llm.evaluation.perplexity import SlidingPerplexity\n{measure}")
+    variants = {"reference": {}, "last": {"models": ["infini"]} | change}
+    path = write_study(own_folder / "study.yaml", addresses, variants=variants, baselines=[], window_baselines=[])
+    with refused(f"^tiny-study: variant last: {message}"):
+        study_module.run_study(read_settings(path, StudyConfig))
+    assert not (own_folder / "runs").exists()
 
 
 def test_a_measure_that_was_asked_for_and_failed_is_named_with_its_runs(addresses, tmp_path):

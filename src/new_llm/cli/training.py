@@ -131,7 +131,7 @@ class StudyFlags:
             count = format_plural(len(plan_cells(study, only)), "run")
             said = f"{study.name}: {study.question}\n{count} in {study.folder}"
             if study.cpu_minutes:
-                said += f"; the whole study took about {study.cpu_minutes:g} minutes on two cores when it was written"
+                said += f"; the whole study took about {study.cpu_minutes:g} min on two cores when it was written"
             console.print(f"{said}\nlogs of the runs: {study.folder / LOGS_FOLDER}", soft_wrap=True)
             return run_study(
                 study,

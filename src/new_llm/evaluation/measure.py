@@ -271,8 +271,8 @@ def find_measures(names: Iterable[str]) -> list[Measure]:
                 raise UserError(f"eval.measures: {name}: a measure needs a name, a title and a method run")
             try:
                 register_measure(kind)
-            except ValueError as error:
-                raise UserError(f"eval.measures: {name}: {error}") from None
+            except Exception as error:  # e.g. of its constructor
+                raise UserError(f"eval.measures: {name}: {describe_own_error(error) or error}") from error
             name = kind.name
         if name not in MEASURES:
             known = ", ".join(MEASURES)

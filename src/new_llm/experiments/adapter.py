@@ -18,7 +18,7 @@ from new_llm.config.evaluation import TextConfig
 from new_llm.data.dataset import PreparedData, count_text, prepare_data, read_evaluation_text
 from new_llm.data.hub import hub_answers
 from new_llm.data.tokenizer import TokenSplit, check_vocabulary
-from new_llm.evaluation import Baseline, Subject, measure
+from new_llm.evaluation import Baseline, Subject, find_measures, measure
 from new_llm.experiments.config import ADAPTER_MODELS, AdapterTrainingConfig
 from new_llm.experiments.run_folder import find_model_folder, find_tokenizer_file
 from new_llm.experiments.runner import ReportWriter, Run
@@ -55,7 +55,8 @@ class AdapterRun(Run[AdapterTrainingConfig]):
     untrained = (BASE,)
 
     def check(self) -> None:
-        """Reject a path where the adapter's file can't be written, before the work begins."""
+        """Reject unknown measures, and a path where the adapter's file can't be written."""
+        find_measures([*self.config.eval.measures, *self.config.eval.checkpoint_measures])
         out = self.config.out
         if out.is_dir():
             raise UserError(f"--out: {out} is a folder")

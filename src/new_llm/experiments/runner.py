@@ -144,7 +144,7 @@ class Run(ABC, Generic[Config]):
 
     @abstractmethod
     def check(self) -> None:
-        """Reject bad settings with a `UserError`, before anything is read or written."""
+        """Reject bad settings, measures included, with a `UserError`, before anything is read or written."""
 
     @abstractmethod
     def prepare(self) -> PreparedData:
@@ -179,8 +179,6 @@ class Run(ABC, Generic[Config]):
             self.autocast = make_autocast(self.precision, self.device)
             check_trackers(train.trackers)
             self.processes.slice_rows(train.batch_size)
-            # Reject unknown measures before training.
-            find_measures([*self.config.eval.measures, *self.config.eval.checkpoint_measures])
             self.check()
             with hold_run(self.config, resume=self.resume, processes=self.processes) as (self.config, self.folder):
                 return self._execute() | {"folder": str(self.folder)}
@@ -440,15 +438,8 @@ class ExperimentRun(Run[ExperimentConfig]):
     """A run of the model types that an experiment names."""
 
     def check(self) -> None:
-        """Reject options that no model has, and models that can't be built."""
-        self.config.model.check_taken(self.config.models)
-        for name in self.config.models:
-            try:
-                with torch.device("meta"):  # allocates nothing, draws no random numbers
-                    model = build_model(self.config, name, self.config.model.vocab_size or 1)
-                check_fits(model.layer_list, model.vocab_size)
-            except ValueError as error:
-                raise UserError(f"model: {name} can't be built: {error}") from None
+        """See `check_experiment`."""
+        check_experiment(self.config)
 
     def prepare(self) -> PreparedData:
         """The experiment's source, split and tokenised.
@@ -497,6 +488,19 @@ class ExperimentRun(Run[ExperimentConfig]):
     def list_options(self, name: str) -> dict[str, Any]:
         """The options of the model type."""
         return self.config.model.options_of(name)
+
+
+def check_experiment(config: ExperimentConfig) -> None:
+    """Reject unknown measures, options that no model has, and models that can't be built."""
+    find_measures([*config.eval.measures, *config.eval.checkpoint_measures])
+    config.model.check_taken(config.models)
+    for name in config.models:
+        try:
+            with torch.device("meta"):  # allocates nothing, draws no random numbers
+                model = build_model(config, name, config.model.vocab_size or 1)
+            check_fits(model.layer_list, model.vocab_size)
+        except ValueError as error:
+            raise UserError(f"model: {name} can't be built: {error}") from None
 
 
 def build_model(config: ExperimentConfig, name: str, vocab_size: int) -> TransformerLM:

@@ -27,7 +27,7 @@ from new_llm.evaluation import load_own_measures, measure
 from new_llm.experiments.config import STUDY_FILE, StudyConfig, name_model_folder
 from new_llm.experiments.evaluation import describe_evaluation, load_baselines, plain_settings, prepare_subject
 from new_llm.experiments.run_folder import CONFIG_FILE, RESULTS_FILE, describe_code, list_refused, read_json, write_json
-from new_llm.experiments.runner import ReportWriter, run_experiment
+from new_llm.experiments.runner import ReportWriter, check_experiment, run_experiment
 from new_llm.experiments.study_jobs import Cell, StudyProgress, open_pool
 from new_llm.experiments.study_table import describe_study, render_csv, render_markdown
 from new_llm.experiments.subject import load_any_model
@@ -73,12 +73,18 @@ def run_study(
     console = console or open_console(stderr=True)
     cells = plan_cells(study, only)
     work = partial(run_cell, study, write_report=write_report)
+    trained = {cell for cell in cells if read_results(study, cell)}
+    configs = {variant: study.configure(variant, study.seeds[0]) for variant in study.variants}
+    for variant in dict.fromkeys(cell.variant for cell in cells if cell not in trained):
+        try:
+            check_experiment(configs[variant])  # now, not when its turn comes
+        except UserError as error:
+            raise UserError(f"{study.name}: variant {variant}: {error}") from error
     _claim_folder(study)
     pool = open_pool(work, study.folder, jobs, study.cluster)
-    for variant in study.variants:  # runs that are done can be read without their own measures
-        for line in load_own_measures(study.configure(variant, study.seeds[0]).eval.measures):
-            console.print(line, markup=False, highlight=False)
-    trained = {cell for cell in cells if read_results(study, cell)}
+    own = dict.fromkeys(name for config in configs.values() for name in config.eval.measures)
+    for line in load_own_measures(own):  # runs that are done can be read without their own measures
+        console.print(line, markup=False, highlight=False)
     waiting = [cell for cell in cells if cell not in trained or find_missing(study, cell)]
     started = dict[Cell, bool]()
     """The cells that were started, and whether they could be measured right after training."""
