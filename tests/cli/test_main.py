@@ -180,6 +180,12 @@ CASES = [
     ("experiment --resume --name absent", "absent"),
     ("experiment --model.hidden-size 48 --model.num-attention-heads 4", "rotary_pct: 0.25 of a head of width 12"),
     ("experiment --models infini --model.num-memory-heads 3", "infini can't be built: num_memory_heads: 3"),
+    (
+        "experiment --models pythia --num-memories 8",
+        "model.num_memories: no model of this run takes it (pythia); ",
+    ),
+    ("experiment --models pythia --recipe tuned", "model.recipe: no model of this run takes it (pythia); it is an opt"),
+    ("experiment --models pythia --segment-length 8", "model.segment_length: no model of this run takes it (pythia)"),
     ("study mechanisms --jobs 0", "--jobs: 0"),
     ("study mechanism", "not one of New-LLM's own studies: ablations, "),
     ("train-adapter --out adapter.bin", "must end with"),

@@ -297,7 +297,7 @@ def test_an_experiment_with_seeds_is_a_study(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("new_llm.cli.training.run_training", lambda train, describe: train(Console(quiet=True)) or 130)
     flags = f"--models pythia infini --num-memories 2 --seeds 0 3 --name one --jobs 2 --runs-dir {tmp_path}".split()
     assert main(["experiment", *flags]) == 2  # --num-memories is an option of neither
-    flags[3:5] = ["--model.num-memory-heads", "2"]
+    flags[3:5] = ["--model.num-memory-heads", "2", "--recipe", "tuned", "--segment-length", "32"]  # options of infini
     assert main(["experiment", *flags]) == 130
     ((study, options),) = given
     assert options["jobs"] == 2
@@ -309,6 +309,7 @@ def test_an_experiment_with_seeds_is_a_study(monkeypatch, tmp_path, capsys):
         assert one.matches_parameters == config.matches_parameters
         assert (one.data, one.train, one.eval) == (config.data, config.train, config.eval)
         assert one.model.options_of(name) == config.model.options_of(name)
+        assert (one.model.recipe, one.model.segment_length) == (("tuned", 32) if name == "infini" else (None, None))
     for wrong in (["--resume"], ["--seeds", "1", "1"]):
         assert main(["experiment", *flags, *wrong]) == 2
     assert main(["experiment", "--jobs", "2"]) == 2

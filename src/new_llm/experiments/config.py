@@ -47,6 +47,10 @@ def list_option_fields() -> dict[str, OptionField]:
     return found
 
 
+NOT_FOR_ALL = (*list_option_fields(), "recipe", "segment_length")
+"""Settings of the model section that change only some model types."""
+
+
 def add_given_fields(kind: type[T]) -> type[T]:
     """Class decorator: add a field for each field of the shape and each option of a model type; None: not given."""
     docs = read_field_docs(PythiaConfig)
@@ -149,20 +153,27 @@ class ModelConfig:
         return resolve_options(model_type, given, self.recipe)
 
     def check_taken(self, model_types: Sequence[str]) -> None:
-        """Reject options that none of these model types has, and memory layers beyond the shape's layers."""
-        taken = {name for model_type in model_types for name in find_model_kind(model_type).defaults}
-        known = list_option_fields()
-        for name in self._given_options():
-            if name not in taken:
-                takers = f"; it is an option of {', '.join(known[name].defaults)}" if name in known else ""
-                raise UserError(f"model.{name}: no model of this run takes it ({', '.join(model_types)}){takers}")
+        """Reject settings that change none of these model types, and memory layers beyond the shape's layers."""
+        for name, value in self._given_options().items():
+            if not any(takes(model_type, name, value) for model_type in model_types):
+                takers = [kind for kind in MODEL_KINDS if takes(kind, name, value)]
+                also = f"; it is an option of {', '.join(takers)}" if takers else ""
+                raise UserError(f"model.{name}: no model of this run takes it ({', '.join(model_types)}){also}")
         num_layers = self.shape(vocab_size=1).num_hidden_layers
         for model_type in model_types:
             find_places(self.options_of(model_type).get("memory_layers", ()), num_layers)
 
     def _given_options(self) -> dict[str, Any]:
-        values = {name: getattr(self, name) for name in list_option_fields()}
+        values = {name: getattr(self, name) for name in NOT_FOR_ALL}
         return {name: value for name, value in values.items() if value is not None} | self.options
+
+
+def takes(model_type: str, name: str, value: Any) -> bool:
+    """Whether a setting of the model section, one of `NOT_FOR_ALL` or of `options`, changes a model type."""
+    if name == "recipe":
+        return model_type in RECIPES.get(str(value), (model_type,))  # unknown ones are refused elsewhere
+    kind = find_model_kind(model_type)
+    return kind.reads_segments if name == "segment_length" else name in kind.defaults
 
 
 def check_model_type(name: str, info: ValidationInfo) -> str:
@@ -469,18 +480,18 @@ class StudyConfig(RunSettings):
         models = values.get("models")
         names = [name for name in models if isinstance(name, str)] if isinstance(models, list | tuple) else []
 
-        def is_taken(option: str) -> bool:
-            return any(option in find_model_kind(name).defaults for name in names)
+        def is_taken(option: str, value: Any) -> bool:
+            return any(takes(name, option, value) for name in names)
 
         own, given = change.get("model", {}), values.get("model", {})
         if isinstance(own, dict) and isinstance(given, dict):  # anything else is refused below
             values["model"] = {
                 name: value
                 for name, value in given.items()
-                if name in own or name not in list_option_fields() or is_taken(name)
+                if name in own or name not in NOT_FOR_ALL or is_taken(name, value)
             }  # an option in base applies to the variants that have it
             if isinstance(options := given.get("options"), dict) and "options" not in own:
-                values["model"]["options"] = {name: value for name, value in options.items() if is_taken(name)}
+                values["model"]["options"] = {name: value for name, value in options.items() if is_taken(name, value)}
         values |= {"name": f"{variant}-s{seed}", "seed": seed, "runs_dir": str(self.folder)}
         config = settings_from_dict(values, ExperimentConfig, f"{self.name}: variant {variant}")
         if len(config.models) != 1:
