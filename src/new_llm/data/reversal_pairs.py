@@ -187,7 +187,7 @@ def make_pair(row: dict[str, Any], where: str) -> ReversalPair:
     try:
         facts = (_Templates if has_templates else _Sentences)(**row)
     except UserError as error:
-        raise UserError(f"{where}: {str(error).partition(': ')[2]}; a pair's fields are {ALLOWED}") from None
+        raise UserError(f"{where}: {error}; a pair's fields are {ALLOWED}") from None
     if isinstance(facts, _Templates):
         forward = _fill(facts.forward_template, {"subject": facts.subject, "object": facts.object}, where)
         backward = _fill(facts.backward_template, {"object": facts.object, "subject": facts.subject}, where)
