@@ -39,9 +39,12 @@ def plant(*, seed: int = 0, size: int = 500, epochs: int = 1, **changes: object)
     for epoch, begin in itertools.product(range(epochs), range(0, 8 * size if epochs == 1 else size, size)):
         sample = SPLIT.document(0)[begin : begin + size].astype(np.int64)
         before = sample.copy()
-        tokens, is_answer = planter.plant(sample, epoch, begin)
+        tokens, kinds = planter.plant(sample, epoch, begin)
         assert (sample == before).all()
-        assert tokens.shape == is_answer.shape == sample.shape
+        assert tokens.shape == kinds.shape == sample.shape
+        text = tokens[kinds == recall_facts.TEXT]
+        assert (text == before[: len(text)]).all()
+        is_answer = kinds == recall_facts.ANSWER
         edges = np.flatnonzero(np.diff(is_answer.astype(int), prepend=0, append=0)).reshape(-1, 2)
         whole = edges[edges[:, 1] < size]  # the last one may have been cut
         yield decode(tokens), decode(sample), [(decode(tokens[:a]), decode(tokens[a:b])) for a, b in whole]
@@ -147,14 +150,14 @@ def test_a_plan_plants_and_weighs_but_not_in_pinned_documents():
     options = {"seq_length": 256, "batch_size": 3, "order": "shuffled", "seed": 0, "epoch": 2}
     planter = recall_facts.SamplePlanter(TOKENIZER, CONFIG, seed=0)
     plain = plan_batches(pinned, **options)
-    plan = plan_batches(pinned, **options, planter=planter, answer_weight=7.0)
+    plan = plan_batches(pinned, **options, planter=planter, planted_weights=(0.5, 7.0))
     assert len(plan) == len(plain)
     for index, (before, after) in enumerate(zip(plain, plan, strict=True)):
         assert before.label_weights is None
         assert before.num_targets == after.num_targets
         weights = after.label_weights
         assert weights.shape == after.labels.shape
-        assert set(weights.unique().tolist()) <= {1.0, 7.0}
+        assert set(weights.unique().tolist()) <= {0.5, 1.0, 7.0}
         assert (after.labels[:, :-1] == after.input_ids).all() or before.attention_mask is not None
         assert ((before.labels == -100) == (after.labels == -100)).all()
         for row, sample in enumerate(plan.rows[index][plan.rows[index] >= 0]):
@@ -163,9 +166,9 @@ def test_a_plan_plants_and_weighs_but_not_in_pinned_documents():
                 assert (before.labels[row] == after.labels[row]).all()
                 assert (weights[row] == 1).all()
             else:
-                _, wanted = planter.plant(pinned.tokens[begin : begin + 257].astype(np.int64), 2, int(begin))
+                _, kinds = planter.plant(pinned.tokens[begin : begin + 257].astype(np.int64), 2, int(begin))
                 if (before.labels[row] != -100).all():
-                    assert ((weights[row] == 7).numpy() == wanted).all()
+                    assert (weights[row].numpy() == np.array([1, 0.5, 7])[kinds]).all()
     assert sum(int((batch.label_weights == 7).sum()) for batch in plan) > 20
     halves = [plan.take_rows(slice(0, 2))[0], plan.take_rows(slice(2, 3))[0]]
     assert (plan[0].input_ids == np.concatenate([half.input_ids for half in halves])).all()

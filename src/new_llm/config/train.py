@@ -47,6 +47,9 @@ class TrainConfig:
     answer_weight: Annotated[float, Field(gt=0)] = 1.0
     """Weight in the training loss of tokens that a planted fact makes predictable (`data.planted_facts`), a few percent
     of all. Other tokens have weight 1. The sum is still divided by the number of tokens."""
+    statement_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight in the training loss of the other tokens of planted facts. With 0, the model does not learn that ordinary
+    text continues with such sentences, which would cost it perplexity."""
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Fraction of the first epoch's steps for linear warm-up of the learning rate."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1

@@ -56,8 +56,8 @@ class BatchPlan:
     epoch: int
     planter: SamplePlanter | None = None
     """Plants facts into samples, except those of pinned documents."""
-    answer_weight: float = 1.0
-    """The loss weight of tokens that are known from a planted fact."""
+    planted_weights: tuple[float, float] = (1.0, 1.0)
+    """The loss weights of planted statements and of answers, the tokens that they make predictable."""
 
     def take_rows(self, rows: slice) -> "BatchPlan":
         """Return the same batches with only these rows, for one of several processes."""
@@ -97,8 +97,8 @@ class BatchPlan:
         pinned_end = self.split.offsets[self.split.num_pinned_documents]
         for row, (begin, count) in enumerate(zip(starts.tolist(), counts.tolist(), strict=True)):
             if begin >= pinned_end:
-                tokens[row, :count], is_answer = planter.plant(tokens[row, :count], self.epoch, begin)
-                weights[row, :count][is_answer] = self.answer_weight
+                tokens[row, :count], kinds = planter.plant(tokens[row, :count], self.epoch, begin)
+                weights[row, :count] = np.array([1.0, *self.planted_weights])[kinds]
         return weights
 
 
@@ -112,7 +112,7 @@ def plan_batches(
     epoch: int,
     num_samples: int | None = None,
     planter: SamplePlanter | None = None,
-    answer_weight: float = 1.0,
+    planted_weights: tuple[float, float] = (1.0, 1.0),
 ) -> BatchPlan:
     """Plan one epoch, in which every sample is used exactly once.
 
@@ -130,7 +130,7 @@ def plan_batches(
         num_samples: use this many samples, the same in every epoch: the pinned documents first, then whole
             documents in a seeded order, the last one cut; None: all.
         planter: plants facts into the samples; needs `shuffled`, because the end of a sample is lost.
-        answer_weight: the loss weight of tokens that are known from a planted fact.
+        planted_weights: the loss weights of planted statements and of answers; see `BatchPlan`.
 
     Raises:
         ValueError: the split has no sample.
@@ -168,7 +168,7 @@ def plan_batches(
         keep_empty_rows=order == "stream",
         epoch=epoch,
         planter=planter,
-        answer_weight=answer_weight,
+        planted_weights=planted_weights,
     )
 
 

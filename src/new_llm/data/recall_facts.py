@@ -148,6 +148,7 @@ def _read_facts(part: RecallPart) -> tuple[dict[str, list[str]], list[dict[str, 
 # Planting
 
 
+TEXT, STATEMENT, ANSWER = range(3)  # kinds of tokens in a sample with planted facts
 TOKENS_PER_RATE = 1000  # planted_facts is a rate per this many tokens
 NAMES = 2  # a made-up person has a first name and a surname
 TEXT_WORDS = 0.5  # share of the made-up values that are words of the sample's own text
@@ -302,24 +303,24 @@ class SamplePlanter:
             )
         self._pieces = WordPieces(tokenizer) if config.planted_made_up else None
 
-    def plant(self, tokens: NDArray[np.int64], epoch: int, begin: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    def plant(self, tokens: NDArray[np.int64], epoch: int, begin: int) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
         """Plant facts into a sample, [N]. The seed, the epoch and the sample's offset `begin` determine all choices.
 
-        Returns the sample with its facts inserted, cut to N tokens; and a mask [N] of the answers, the tokens after a
-        fact's last question, which are predictable from an earlier statement.
+        Returns the sample with its facts inserted, cut to N tokens; and the kind of each token, [N]: `TEXT`, `ANSWER`
+        (after a fact's last question, predictable from an earlier statement), or `STATEMENT` (other planted tokens).
         """
         config, length = self._config, len(tokens)
         generator = np.random.default_rng([self._seed, PLANT_STREAM, epoch, begin])
-        is_answer = np.zeros(length, np.bool_)
+        kinds = np.full(length, TEXT, np.uint8)
         borders = self._borders.find_sentences(tokens) if length > 1 else np.zeros(0, np.int64)
         if not len(borders):
-            return tokens, is_answer
+            return tokens, kinds
         low, high = (math.log(distance) for distance in config.planted_distance)
         among: Sequence[int] = range(NUM_RELATIONS)
         if config.planted_relations < NUM_RELATIONS:
             among = generator.choice(NUM_RELATIONS, config.planted_relations, replace=False).tolist()
         asked = set[str]()
-        places, planted, marks = list[NDArray[np.int64]](), list[NDArray[np.int64]](), list[NDArray[np.bool_]]()
+        places, planted, marks = list[NDArray[np.int64]](), list[NDArray[np.int64]](), list[NDArray[np.uint8]]()
         for _ in range(generator.poisson(config.planted_facts * length / TOKENS_PER_RATE)):
             questions, statements, answer_begin = self._draw(tokens, among, generator)
             wanted = [int(generator.integers(length))]
@@ -331,14 +332,14 @@ class SamplePlanter:
             for at, statement in zip(wanted, statements, strict=True):
                 places.append(np.full(len(statement), borders[np.abs(borders - at).argmin()]))
                 planted.append(statement)
-                marks.append(np.zeros(len(statement), np.bool_))
-            marks[-1][answer_begin:] = True
+                marks.append(np.full(len(statement), STATEMENT, np.uint8))
+            marks[-1][answer_begin:] = ANSWER
         if not planted:
-            return tokens, is_answer
+            return tokens, kinds
         before = np.concatenate(places)  # np.insert keeps the order of insertions at the same place
         return (
             np.insert(tokens, before, np.concatenate(planted))[:length],
-            np.insert(is_answer, before, np.concatenate(marks))[:length],
+            np.insert(kinds, before, np.concatenate(marks))[:length],
         )
 
     def _draw(

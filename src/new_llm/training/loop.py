@@ -200,7 +200,7 @@ class Trainer:
             seed=self.seed,
             epoch=epoch,
             planter=self.planter,
-            answer_weight=self.config.answer_weight,
+            planted_weights=(self.config.statement_weight, self.config.answer_weight),
         )
         return plan.take_rows(self.processes.slice_rows(shape.batch_size))
 
