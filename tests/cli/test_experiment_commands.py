@@ -50,6 +50,31 @@ def test_words_of_a_flag_are_those_of_yaml_or_python(word, value):
     assert Experiment.read(flags, "new-llm experiment").settings.train.compile is value
 
 
+def test_a_list_flag_without_values_empties_a_list_that_a_file_fills(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("data: {order: shuffled, segment_curriculum: [1, 4]}")
+    flags = ["--config", str(path), "--models", "infini", "--data.segment-curriculum"]
+    assert Experiment.read(flags, "new-llm experiment").settings.data.segment_curriculum == ()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "that comes with New-LLM, e.g. quick; other flags override its settings. None:",
+        "Width D of the residual stream. Default: 512, or the size's.  ",
+        "The model section of an experiment: one shape",
+        "Samples per batch (rows), over all processes together. (default: 8)",
+    ],
+)
+def test_a_help_text_is_one_paragraph_that_names_a_default_once(text, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        main(["experiment", "--help"])
+    out = capsys.readouterr().out
+    assert text in out
+    assert "(default: )" not in out
+
+
 @pytest.mark.parametrize("flags", ["--skip-interval 2", "--models baseline selective"])
 def test_the_selective_experiment_compares_both_baselines(flags):
     config = ExperimentSelective.read(flags.split(), "new-llm experiment-selective").settings

@@ -11,22 +11,24 @@ from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, Union
 import tyro
 from tyro import _errors as failures  # tyro's only hook to replace its own error output
 from tyro.conf import Positional
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo, StructFieldSpec
+from tyro.constructors._struct_spec_dataclass import dataclass_rule  # what tyro does without our rule
 
 from new_llm.cli import main
 from new_llm.config.errors import UserError
 
-REGISTRY = tyro.constructors.ConstructorRegistry()
+REGISTRY = ConstructorRegistry()
 """Our parsing rules, in addition to tyro's."""
 
 
 @REGISTRY.primitive_rule
-def read_words(found: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+def read_words(found: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     """Accept `none`, `true` and `false`, as in YAML, as well as Python's None, True and False."""
     values = {type(None): {"none": None}, bool: {"true": True, "false": False}}.get(found.type)
     if values is None:
         return None
     words = {spelling: value for word, value in values.items() for spelling in (word, word.title())}
-    return tyro.constructors.PrimitiveConstructorSpec(
+    return PrimitiveConstructorSpec(
         nargs=1,
         metavar="|".join(values),
         instance_from_str=lambda given: words[given[0]],
@@ -34,6 +36,29 @@ def read_words(found: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.
         str_from_instance=lambda value: [str(value).lower()],
         choices=tuple(words),
     )
+
+
+@REGISTRY.struct_rule
+def read_dataclass(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
+    """Read a dataclass as tyro does, but join the lines of help texts, and reject list flags that change nothing."""
+    found = dataclass_rule(info)
+    return found and dataclasses.replace(found, fields=tuple(map(_adapt_field, found.fields)))
+
+
+def _adapt_field(field: StructFieldSpec) -> StructFieldSpec:
+    find_text: Any = field.helptext  # tyro reads docstrings only when it shows them
+    field = dataclasses.replace(field, helptext=lambda: " ".join((find_text() or "").split()) or None)
+    values: Any = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(field.type, set()))
+    if field.default not in ((), {}) or getattr(values, "nargs", None) != "*":
+        return field
+
+    def read_values(given: list[str], read: Any = values.instance_from_str) -> Any:
+        if not given:
+            raise ValueError("a value is missing")
+        return read(given)
+
+    values = dataclasses.replace(values, instance_from_str=read_values)
+    return dataclasses.replace(field, type=Annotated[field.type, values, tyro.conf.arg(help_behavior_hint="")])
 
 
 @dataclasses.dataclass(kw_only=True)

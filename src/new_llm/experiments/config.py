@@ -70,11 +70,17 @@ def add_given_fields(kind: type[T]) -> type[T]:
         base, *metadata = get_args(annotation) if hasattr(annotation, "__metadata__") else (annotation,)
         aliases = [alias for entry in metadata for alias in getattr(entry, "aliases", None) or ()]
         kept = [entry for entry in metadata if not hasattr(entry, "aliases") or not hasattr(entry, "metavar")]
-        help_text = tyro.conf.arg(aliases=aliases or None, help=" ".join(text.split()))
+        help_text = tyro.conf.arg(
+            aliases=aliases or None, help=" ".join(text.split()), help_behavior_hint=_tell_default
+        )
         given = tyro.conf.DisallowNone[base | None]  # so that a bool is a flag
         kind.__annotations__[name] = Annotated[(given, *kept, help_text)]
         setattr(kind, name, None)
     return kind
+
+
+def _tell_default(label: str) -> str:
+    return "" if label.lower() == "none" else f"(default: {label})"  # the text tells the default of what is not given
 
 
 OptionValue = bool | int | float | str | None
@@ -125,7 +131,7 @@ class ModelConfig:
     """Rows of the embedding and the head; None: the tokenizer's size, rounded up to a multiple of 128."""
     match_parameters: Annotated[tyro.conf.DisallowNone[bool | None], short("--match-parameters")] = None
     """Adjust each model's MLP width so that it has as many parameters as a Pythia of this shape, within 1 % (except
-    deep_pythia). Default: on if several models are compared and intermediate_size is not given."""
+    deep_pythia). None: on if several models are compared and intermediate_size is not given."""
     options: dict[str, GivenOption] = dataclasses.field(default_factory=dict)
     """Options, by name, of a layer from your own module: words, numbers, true, false, none, or lists such as
     [0.5, 0.9]."""
