@@ -200,6 +200,17 @@ def test_training_stops_when_patience_runs_out_and_keeps_the_best_weights(tiny, 
     assert run(change(patient, num_epochs=8), ["pythia"], resume=True)["models"] == before
 
 
+def test_more_patience_continues_only_models_that_stopped_early(tiny, trained_run, monkeypatch, capsys):
+    shutil.copytree(trained_run["folder"], tiny.runs_dir / "whole")
+    config = settings_from_dict(trained_run["config"], ExperimentConfig, "test")
+    monkeypatch.setattr("new_llm.experiments.runner.measure", None)  # both trained to the end
+    results = run_experiment(None, change(config, runs_dir=tiny.runs_dir, patience=9), resume=True)
+    assert results["models"] == load_results(Path(trained_run["folder"]))["models"]
+    said = capsys.readouterr().err
+    assert "continuing with train.patience 1 → 9" in said
+    assert "longer" not in said
+
+
 def test_a_run_does_not_continue_on_other_text(tiny, addresses, tmp_path):
     source = shutil.copytree(addresses, tmp_path / "own")
     tiny = change(tiny, source=str(source))

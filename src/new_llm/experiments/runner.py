@@ -212,7 +212,7 @@ class Run(ABC, Generic[Config]):
             raise UserError(f"{self.folder}: deleted or renamed while the run used it; its results are lost") from None
 
     def _find_longer(self) -> tuple[list[str], list[Path]] | None:
-        """If a resumed run is to train longer than it began with: what changed, and the folders of the models that
+        """If a resumed run may train longer than it began with: what changed, and the folders of the models that
         continue; else None.
         """
         if not self.resume:
@@ -222,9 +222,11 @@ class Run(ABC, Generic[Config]):
         if not changes:
             return None
         folders = [self.model_folder(name) for name in self.config.models if name not in self.untrained]
-        if begun.train.patience == self.config.train.patience:  # models that stopped early stay as they are
-            results = {folder: read_json(folder / MODEL_RESULT_FILE) or {} for folder in folders}
-            folders = [folder for folder in folders if not results[folder].get("training", {}).get("stopped_early")]
+        # More patience is for models that stopped early, more epochs are for the others.
+        is_patient = begun.train.patience != self.config.train.patience
+        results = {folder: read_json(folder / MODEL_RESULT_FILE) or {} for folder in folders}
+        stopped = [folder for folder in folders if results[folder].get("training", {}).get("stopped_early")]
+        folders = [folder for folder in folders if (is_patient if folder in stopped else len(changes) > is_patient)]
         for folder in folders:
             if (folder / MODEL_RESULT_FILE).exists() and not list_checkpoints(folder):
                 raise UserError(f"{folder}: no checkpoint to continue from (see train.keep_last_checkpoint)")
@@ -235,7 +237,7 @@ class Run(ABC, Generic[Config]):
 
         These are written last: if the run is killed here, it still trains or measures whatever is missing.
         """
-        self.console.print(f"training longer: {'; '.join(changes)}", highlight=False, markup=False)
+        self.console.print(f"continuing with {'; '.join(changes)}", highlight=False, markup=False)
         facts = read_json(self.folder / ENVIRONMENT_FILE) or {}
         entry = {"date": now(), "changes": list(changes), "command": describe_command(), "code": describe_code()}
         write_json(self.folder / ENVIRONMENT_FILE, facts | {"lengthened": [*facts.get("lengthened", []), entry]})
