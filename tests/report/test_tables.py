@@ -287,6 +287,23 @@ def test_runs_are_read_with_their_evaluations(with_long, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("texts", "names"),
+    [
+        ([("a/x.txt", "1"), ("b/x.txt", "2")], ["x.txt (a/x.txt)", "x.txt (b/x.txt)"]),
+        ([("a/x.txt", "1"), ("b/x.txt", "1")], ["x.txt", "x.txt"]),  # copies
+        ([("a/x.txt", "1"), ("a/x.txt", "2")], ["x.txt", "x.txt"]),  # edited: the newest measurement counts
+    ],
+)
+def test_different_texts_with_one_file_name_have_their_own_columns(texts, names, with_long, tmp_path):
+    records = [
+        make_record(with_long, "infini") | {"text": {"source": source, "source_fingerprint": fingerprint}}
+        for source, fingerprint in texts
+    ]
+    (run,) = read_runs([write_run(tmp_path / "a", with_long, *records)])
+    assert [one.text for one in run.evaluations] == names
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"{", "not valid JSON"),

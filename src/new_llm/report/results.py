@@ -134,7 +134,8 @@ def refuse_other_forms(runs: Sequence[Path]) -> Iterator[None]:
 
 def read_evaluations(folder: Path) -> tuple[list[Measured], list[str]]:
     """The evaluations in a folder, oldest first, and notes on those that could not be read."""
-    found: list[Measured] = []
+    found: list[tuple[Measured, str]] = []
+    texts: dict[str, set[tuple[str, str]]] = {}  # sources and fingerprints of the texts of a name
     notes: list[str] = []
     for file in sorted(folder.glob("*.json")) if folder.is_dir() else ():
         try:
@@ -150,12 +151,16 @@ def read_evaluations(folder: Path) -> tuple[list[Measured], list[str]]:
                 created=record["created"],
                 command=make_line(record["command"]),
             )
-            found.append(measured)
+            source, fingerprint = (str(get_value(record, "text", key)) for key in ("source", "source_fingerprint"))
+            texts.setdefault(measured.text, set()).add((source, fingerprint))
+            found.append((measured, source))
         except UserError:
             notes.append(f"The evaluation {make_line(file.name)} could not be read and is left out.")
         except (LookupError, TypeError, ValueError):
             notes.append(f"The evaluation {make_line(file.name)} has an unknown form and is left out.")
-    return sorted(found, key=lambda one: one.created), notes
+    twins = {text for text, known in texts.items() if all(len(set(part)) > 1 for part in zip(*known, strict=True))}
+    named = (replace(one, text=make_line(f"{one.text} ({path})")) if one.text in twins else one for one, path in found)
+    return sorted(named, key=lambda one: one.created), notes
 
 
 def name_text(source: str | None, subject: dict[str, Any]) -> str:
