@@ -240,6 +240,17 @@ def test_pairs_of_a_file(known_run, tmp_path, capsys):
     assert changed["text"]["pairs_fingerprint"] != record["text"]["pairs_fingerprint"]
 
 
+@pytest.mark.parametrize("flag", ["--data.source", "--cache.tuning-source"])
+def test_a_cache_that_is_tuned_on_measured_text_is_said_to_be(flag, known_run, addresses, capsys):
+    flags = ["--protocol", "streaming", "--max-tokens", 500, "--ngrams", 1, "--cache.tuning-tokens", 20_000]
+    record = measure("ppl", known_run, *flags)  # on validation documents, tuned on training documents
+    assert record["subject"]["cache"]["documents_in_text"] == 0
+    assert "too good" not in capsys.readouterr().out
+    record = measure("ppl", known_run, *flags, flag, addresses)
+    assert record["subject"]["cache"]["documents_in_text"] > 0
+    assert "which the measured text contains, so the figures are too good" in " ".join(capsys.readouterr().out.split())
+
+
 def test_facts_told_in_a_text(addresses, tmp_path):
     run = make_run(tmp_path / "told", addresses, segment_length=160)
     small = ["--fresh-texts", 5, "--facts-per-text", 2, "--pairs-per-relation", 2, "--cache.tuning-tokens", 2000]

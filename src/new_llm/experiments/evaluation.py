@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from new_llm.config import UserError
@@ -85,6 +86,8 @@ def prepare_subject(
         training=training,
         facts=read_json(loaded.folder / DATA_FILE) or {} if loaded.folder else {},
     )
+    if loaded.tuning_documents:
+        loaded.facts["cache"]["documents_in_text"] = count_common(loaded.tuning_documents, subject.split)
     return subject, None if text is None else text.info
 
 
@@ -163,7 +166,12 @@ def add_cache(loaded: LoadedModel, config: TunedCacheConfig, text_config: TextCo
         "tuned_on": source,
         "tuning_tokens": sum(map(len, documents)),
     }
-    return dataclasses.replace(loaded, model=CachedModel(loaded.model, cache), facts=loaded.facts | {"cache": facts})
+    return dataclasses.replace(
+        loaded,
+        model=CachedModel(loaded.model, cache),
+        facts=loaded.facts | {"cache": facts},
+        tuning_documents=documents,
+    )
 
 
 def describe_added_cache(facts: dict[str, Any]) -> str:
@@ -171,6 +179,8 @@ def describe_added_cache(facts: dict[str, Any]) -> str:
     tuned = "θ and weights are not tuned: the model belongs to no run, and --cache.tuning-source is not given"
     if facts["tuned_on"]:
         tuned = f"θ and weights are tuned on {facts['tuning_tokens']:,} tokens of {facts['tuned_on']}"
+    if facts.get("documents_in_text"):
+        tuned += ", which the measured text contains, so the figures are too good: give another --cache.tuning-source"
     return f"with a cache added to the model ({describe_size(facts['size'])}); {tuned}"
 
 
@@ -184,6 +194,16 @@ def take_last_documents(split: TokenSplit, num_tokens: int) -> list[NDArray[Any]
         if len(document := split.document(index)[:left]) > 1:
             found.append(document)
     return found
+
+
+PROBE_TOKENS = 50
+
+
+def count_common(documents: Sequence[NDArray[Any]], split: TokenSplit) -> int:
+    """How many documents have middle tokens that a split contains; documents under `PROBE_TOKENS` do not count."""
+    text = np.asarray(split.tokens, "<u4").tobytes()
+    probes = [one[(len(one) - PROBE_TOKENS) // 2 :][:PROBE_TOKENS] for one in documents if len(one) >= PROBE_TOKENS]
+    return sum(np.asarray(probe, "<u4").tobytes() in text for probe in probes)
 
 
 # Baselines

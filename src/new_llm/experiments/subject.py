@@ -5,13 +5,14 @@ writes a run's model as a folder for Hugging Face's tools, with a model card tha
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 import new_llm.models.hf  # registers this project's models with the Auto classes
@@ -55,6 +56,7 @@ class LoadedModel:
         facts: a description of the model for the record.
         folder: the run it belongs to; None: no run.
         config: that run's configuration; None: no run.
+        tuning_documents: those on which its cache was tuned, if it has one.
     """
 
     label: str
@@ -66,6 +68,7 @@ class LoadedModel:
     facts: dict[str, Any]
     folder: Path | None
     config: ExperimentConfig | None
+    tuning_documents: Sequence[NDArray[Any]] = ()
 
 
 def load_any_model(config: SubjectConfig) -> LoadedModel:
