@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from evaluation_stand_ins import make_documents, make_tiny_model
+from evaluation_stand_ins import TOKENIZER, make_documents, make_tiny_model
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from new_llm import evaluation
@@ -127,7 +127,7 @@ REPEATED = [repeat(document) for document in make_documents([40, 30, 5, 50, 44, 
 
 def measure(model, split, max_tokens=None, **hooks):
     settings = EvalConfig(caches=SETTINGS, long_documents=LONG, max_tokens=max_tokens)
-    return evaluation.Caches().run(evaluation.Subject(model, None, split, settings, **hooks))
+    return evaluation.Caches().run(evaluation.Subject(model, TOKENIZER, split, settings, **hooks))
 
 
 INFINI = make_tiny_model("infini", VOCAB_SIZE, SEGMENT, spread=0.02)

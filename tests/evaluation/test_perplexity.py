@@ -5,16 +5,19 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from evaluation_stand_ins import VOCAB_SIZE, make_documents, make_exact, read_naively
+from evaluation_stand_ins import VOCAB_SIZE, make_documents, make_exact, make_tiny_model, read_naively
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, normalizers
 
 from model_cases import assert_states_equal
 from new_llm import evaluation
 from new_llm.config import EvalConfig, UserError
+from new_llm.data.tokenizer import padded_vocab_size, tokenize_documents
 from new_llm.evaluation.scoring import choose_rows, plan_windows
 from new_llm.evaluation.statistics import DocumentLosses, compare_models, find_share_interval, find_t_interval
 from tiny import make_split
+from tokenizer_families import TEXT, train_family
 
 DOCUMENTS = make_documents([37, 1, 2, 64, 65, 130, 3, 16, 17])
 SPLIT = make_split(DOCUMENTS)
@@ -92,6 +95,29 @@ def test_bits_a_byte_and_word_perplexity_rest_on_the_raw_text():
     assert (result.num_documents, result.num_bytes, result.num_words) == (2, 17 + 12, 3 + 4)
     assert result.bits_per_byte == pytest.approx(total / math.log(2) / 29, rel=1e-9)
     assert result.word_perplexity == pytest.approx(math.exp(total / 7), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("family", "added", "loses"),
+    [
+        *((family, "", False) for family in ("byte-level", "gpt-neox", "metaspace", "llama")),
+        ("metaspace", " Ж", True),  # unknown
+        ("wordpiece", "", True),  # white space
+        ("lower-case", "", True),
+    ],
+)
+def test_figures_per_byte_are_left_out_if_the_tokenizer_loses_text(family, added, loses):
+    if family == "lower-case":
+        tokenizer = Tokenizer.from_str(train_family("byte-level").to_str())
+        tokenizer.normalizer = normalizers.Lowercase()
+    else:
+        tokenizer = train_family(family)
+    model = make_tiny_model("pythia", padded_vocab_size(tokenizer), 16)
+    subject = evaluation.Subject(model, tokenizer, tokenize_documents([TEXT + added], tokenizer))
+    measured = evaluation.MEASURES["streaming"]
+    result = measured.run(subject)
+    assert [result[key] is None for key in ("bits_per_byte", "word_perplexity", "num_bytes")] == [loses] * 3
+    assert ("the tokenizer loses part of the text" in measured.describe(result)) == loses
 
 
 PROTOCOLS = [

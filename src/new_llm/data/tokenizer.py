@@ -143,6 +143,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, what: str) -> None:
 # Tokenised documents
 
 
+LOSS_DOCUMENTS = 8
 BATCH_CHARACTERS, BATCH_DOCUMENTS = 1 << 22, 1000  # held in memory at once
 
 SpecialTokens = Literal["text", "control"]
@@ -194,6 +195,19 @@ class TokenSplit:
         if not 0 <= index < self.num_documents:
             raise IndexError(f"document {index} of {self.num_documents}")
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+
+def loses_text(tokenizer: Tokenizer, split: TokenSplit) -> bool:
+    """Whether the split's text does not come back from its tokens, as far as its first documents' sizes and case tell.
+
+    Such tokenizers put in lower case, leave out white space, or have one token for everything unknown.
+    """
+    for index in np.flatnonzero(split.num_bytes)[:LOSS_DOCUMENTS]:
+        text = tokenizer.decode(split.document(index).tolist(), skip_special_tokens=False)
+        if len(text.encode()) != split.num_bytes[index]:
+            return True
+    upper, lower = (tokenizer.encode(text, add_special_tokens=False).tokens for text in "Aa")
+    return upper == lower
 
 
 def cut_batches(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from new_llm.charts import Chart, bar_chart
 from new_llm.config.evaluation import CacheMeasureConfig
 from new_llm.config.model import COMPONENTS, CacheConfig
+from new_llm.data.tokenizer import loses_text
 from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, Table, register_measure, to_plain
 from new_llm.evaluation.scoring import Autocast, evaluation_mode, find_device, join_rows, plan_windows
 from new_llm.evaluation.statistics import DocumentLosses, compare_models, estimate_perplexity
@@ -208,7 +209,7 @@ class Caches(Measure):
             return None
         indices, num_planned, lengths = indices[: len(parts)], int(lengths.sum()), lengths[: len(parts)]
         is_whole = choice.max_tokens_per_document is None or bool((split.lengths[indices] == lengths + 1).all())
-        num_bytes = split.count_raw(indices)[0] if is_whole else None
+        num_bytes = split.count_raw(indices)[0] if is_whole and not loses_text(subject.tokenizer, split) else None
         vocab_size, hidden_size = cast(Any, model).embed_out.weight.shape
         caches: list[dict[str, Any]] = []
         losses: dict[str, DocumentLosses] = {}

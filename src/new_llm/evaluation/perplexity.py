@@ -19,7 +19,7 @@ import numpy as np
 
 from new_llm.charts import Chart, bar_chart, line_chart
 from new_llm.config import UserError
-from new_llm.data.tokenizer import TokenSplit, find_special_tokens
+from new_llm.data.tokenizer import TokenSplit, find_special_tokens, loses_text
 from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, Table, register_measure
 from new_llm.evaluation.scoring import (
     LanguageModel,
@@ -78,7 +78,8 @@ class PerplexityResult:
     """A perplexity and what it was measured on.
 
     num_bytes, num_words and the figures based on them are None if the measurement was stopped or a document was cut
-    short, because the size of the scored text is then unknown.
+    short, because the size of the scored text is then unknown. In a measure's result they are also None if the
+    tokenizer loses text (`loses_text`).
     """
 
     protocol: str
@@ -239,6 +240,9 @@ def _evaluate(
     )
 
 
+LOSES_TEXT = "figures per byte and word are left out, as the tokenizer loses part of the text: they would be too low"
+
+
 class Perplexity(Measure):
     """Base class of the protocols' measures."""
 
@@ -252,9 +256,12 @@ class Perplexity(Measure):
     def run(self, subject: Subject) -> dict[str, Any]:
         """Return the fields of `PerplexityResult`, the `verdict`, and the split's `unigram_perplexity`."""
         result = self.evaluate(subject)
+        unknown = dict.fromkeys(("num_bytes", "num_words", "bits_per_byte", "word_perplexity"))
+        lost = unknown | {"loses_text": True} if loses_text(subject.tokenizer, subject.split) else {}
         return result.to_dict() | {
             "verdict": diagnose_perplexity(result.perplexity)._asdict(),
             "unigram_perplexity": unigram_perplexity(subject.split),
+            **lost,
         }
 
     def columns(self, result: dict[str, Any]) -> list[Column]:
@@ -276,7 +283,8 @@ class Perplexity(Measure):
 
     def describe(self, result: dict[str, Any]) -> str:
         """State the perplexity and its verdict."""
-        return f"{self.title} {result['perplexity']:,.2f}: {result['verdict']['text']}"
+        said = f"{self.title} {result['perplexity']:,.2f}: {result['verdict']['text']}"
+        return f"{said}; {LOSES_TEXT}" if result.get("loses_text") else said
 
     def notes(self, result: dict[str, Any]) -> list[str]:
         """State the protocol's settings and how much was scored."""
