@@ -285,6 +285,17 @@ def test_a_fault_spares_the_checks_that_rest_on_it_and_shifted_labels_are_one():
     assert report["skill"].level == "skipped"
 
 
+def test_random_states_of_all_devices_are_restored(monkeypatch):
+    restored = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: None)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: f"state {device}")
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: restored.append((state, device)))
+    examine(make_untrained("pythia"), config=dataclasses.replace(CONFIG, checks=("weights",)))
+    assert restored == [("state 0", 0), ("state 1", 1)]
+
+
 def test_a_hugging_face_model():
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -42,6 +42,7 @@ class Doctor(Measure):
                 raise UserError(f"checks: unknown check {name!r}; known checks are {', '.join(CHECKS)}")
         checks = {name: check for name, check in CHECKS.items() if not chosen or name in chosen}
         findings: dict[str, Finding] = {}
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # checks seed all of them
         for number, (name, check) in enumerate(checks.items(), start=1):
             causes = [other for other in check.after if other in findings and findings[other].level == "fault"]
             if causes:
@@ -49,7 +50,7 @@ class Doctor(Measure):
             elif check.needs_data and subject.training is None:
                 finding = skip("the model belongs to no run, so its training text is unknown")
             else:
-                with torch.random.fork_rng(devices=[]):
+                with torch.random.fork_rng(devices):
                     finding = check.run(exam)
             findings[name] = dataclasses.replace(finding, check=name)
             if subject.on_progress:
