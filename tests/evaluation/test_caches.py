@@ -15,7 +15,7 @@ from new_llm.config.model import CacheConfig
 from new_llm.evaluation.scoring import Scorer, join_scores
 from new_llm.models.cache import TextCache
 from new_llm.models.hf.gpt_neox import load_pythia
-from tiny import make_split
+from tiny import make_split, refused
 
 SEGMENT, VOCAB_SIZE = 8, 11
 SHAPE = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -69,6 +69,23 @@ def test_streams_equal_a_loop_written_with_transformers_alone(neox, wrap, batch_
         chosen = found.documents == index
         order = np.argsort(found.positions[chosen])
         np.testing.assert_allclose(found.losses[chosen][order], expected_losses[index], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("row", "place"), [(0, 0), (1, 128)])
+def test_a_model_whose_logits_are_not_just_its_head_s_output_is_refused(row, place, neox, monkeypatch):
+    model = evaluation.HuggingFaceLM(GPTNeoXForCausalLM.from_pretrained(neox[0]), 150)
+    ids = torch.arange(300).view(2, 150) % VOCAB_SIZE
+    assert model.compute_hidden(ids).shape[:2] == ids.shape
+    forward = model.model.forward
+
+    def scale_some(**inputs):
+        found = forward(**inputs)
+        found.logits[row, place] *= 2
+        return found
+
+    monkeypatch.setattr(model.model, "forward", scale_some)
+    with torch.no_grad(), refused("GPTNeoXForCausalLM can't use a cache: its logits are not just its head's output"):
+        model.compute_hidden(ids)
 
 
 @pytest.mark.parametrize("kind", ["pythia_segments", "infini", "token_memory"])

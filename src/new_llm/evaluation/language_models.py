@@ -17,6 +17,9 @@ from new_llm.models.cache import TextCache, mix
 from new_llm.models.inputs import align_labels, compute_token_losses
 from new_llm.models.transformer import SCORED_ROWS
 
+CHECK_STRIDE = 64
+"""Distance in tokens between positions whose logits are compared with the head's output."""
+
 
 class HuggingFaceLM(nn.Module):
     """Wraps a transformers model for measurements. Longer inputs are cut into segments, each read independently.
@@ -87,14 +90,15 @@ class HuggingFaceLM(nn.Module):
         Raises:
             UserError: the logits are not simply the head's output (e.g. they are scaled).
         """
-        found, last = list[Tensor](), input_ids
+        found, checked = list[Tensor](), list[Tensor]()
         hook = self.embed_out.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
         try:
             for _, logits in self._read(input_ids, attention_mask):
-                last = logits[:1, -1:]
+                checked.append(logits[:, ::CHECK_STRIDE].clone())
         finally:
             hook.remove()
-        if not torch.allclose(self.embed_out(found[-1][:1, -1:]), last, rtol=1e-2, atol=1e-2):
+        again = self.embed_out(torch.cat([hidden[:, ::CHECK_STRIDE] for hidden in found], dim=1))
+        if not torch.allclose(again, torch.cat(checked, dim=1), rtol=1e-2, atol=1e-2, equal_nan=True):
             raise UserError(f"{type(self.model).__name__} can't use a cache: its logits are not just its head's output")
         return torch.cat(found, dim=1)
 
