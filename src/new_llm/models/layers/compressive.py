@@ -288,7 +288,7 @@ class CompressiveAttention(MemoryAttention):
         return q, k, v
 
     def _map_features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Map q and k to features. `normalize_keys` scales k only: a scale of q cancels out when divided by σ(q) z."""
+        """Map q and k to features. `normalize_keys` scales k only: with `use_normalizer`, a scale of q cancels out."""
         q, k = map_features(q, self.options.key_features), map_features(k, self.options.key_features)
         if self.options.normalize_keys:
             k = k / k.sum(-1, keepdim=True)
