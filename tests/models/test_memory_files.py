@@ -281,6 +281,24 @@ def test_cutting_changes_no_tokens_of_gpt_neox(shared_data):
         assert ids == neox.encode(text, add_special_tokens=False).ids
 
 
+@pytest.mark.parametrize(
+    ("text", "cut"),
+    [
+        ("ab", 0),
+        (" ab", 0),
+        ("ab cd ef", 5),
+        ("ab cd ", 2),  # more white space may follow
+        ("ab cd  ef", 2),  # a single space is preferred
+        ("ab  cd", 2),  # before white space, never inside it
+        ("ab\n\ncd", 2),
+        ("ab \n cd", 2),
+        ("ab\t\tcd", 2),
+    ],
+)
+def test_a_cut_is_before_white_space_and_after_a_visible_character(text, cut):
+    assert memory_filling.find_cut(text) == cut
+
+
 def test_a_run_without_white_space_is_bounded():
     pieces = list(memory_filling.cut_at_white_space(["x" * 10] * 10, 25))
     assert "".join(pieces) == "x" * 100
