@@ -11,7 +11,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from new_llm import evaluation
-from new_llm.cli import evaluate
+from new_llm.cli import run_measures
 from new_llm.cli.main import main
 from new_llm.config.model import CacheConfig
 from new_llm.data.dataset import prepare_data
@@ -174,14 +174,14 @@ def test_recall_writes_its_charts(run, capsys):
     ],
 )
 def test_an_interrupted_measurement_leaves_a_partial_labelled_result(run, kind, flags, capsys, monkeypatch):
-    catch, asked = evaluate.catch_stop_signals, []
+    catch, asked = run_measures.catch_stop_signals, []
 
     @contextlib.contextmanager
     def interrupt_soon():
         with catch() as stops:
             yield lambda: asked.append(signal.raise_signal(signal.SIGINT) if len(asked) == 2 else None) or stops()
 
-    monkeypatch.setattr(evaluate, "catch_stop_signals", interrupt_soon)
+    monkeypatch.setattr(run_measures, "catch_stop_signals", interrupt_soon)
     record = measure(kind, run, "--data.source", run / "speeches.jsonl", *flags.split(), code=130)
     assert (record["status"], record["result"]["is_complete"]) == ("partial", False)
     captured = capsys.readouterr()

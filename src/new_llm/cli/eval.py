@@ -1,4 +1,4 @@
-"""The flags of `new-llm eval`, `evaluate-wikitext` and `inspect`; `cli/evaluate.py` runs them."""
+"""The flags of `new-llm eval`, `evaluate-wikitext` and `inspect`; `cli/run_measures.py` runs them."""
 
 import dataclasses
 from pathlib import Path
@@ -54,10 +54,10 @@ class Evaluation(Command):
         return self.data
 
     def execute(self) -> int:
-        """Run the measures; see `evaluate`."""
-        from new_llm.cli.evaluate import evaluate
+        """See `run_measures`."""
+        from new_llm.cli.run_measures import run_measures
 
-        return evaluate(self)
+        return run_measures(self)
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -1,4 +1,4 @@
-"""Run an evaluation command: load the model, measure it, write the record, print it, and draw charts."""
+"""Run the measures of an evaluation command: load the model, measure it, write the record, print and draw results."""
 
 import dataclasses
 import sys
@@ -25,7 +25,7 @@ from new_llm.training.devices import catch_stop_signals
 FAULT_FOUND, INTERRUPTED = 1, 130
 
 
-def evaluate(command: Evaluation) -> int:
+def run_measures(command: Evaluation) -> int:
     """Run the command's measures, and print and write their results.
 
     Returns:
