@@ -78,8 +78,7 @@ class PerplexityResult:
     """A perplexity and what it was measured on.
 
     num_bytes, num_words and the figures based on them are None if the measurement was stopped or a document was cut
-    short, because the size of the scored text is then unknown. In a measure's result they are also None if the
-    tokenizer loses text (`loses_text`).
+    short, because the size of the scored text is then unknown.
     """
 
     protocol: str
@@ -240,9 +239,6 @@ def _evaluate(
     )
 
 
-LOSES_TEXT = "figures per byte and word are left out, as the tokenizer loses part of the text: they would be too low"
-
-
 class Perplexity(Measure):
     """Base class of the protocols' measures."""
 
@@ -283,8 +279,9 @@ class Perplexity(Measure):
 
     def describe(self, result: dict[str, Any]) -> str:
         """State the perplexity and its verdict."""
+        lost = "; the tokenizer loses part of the text, so figures per byte and word would be too low and are left out"
         said = f"{self.title} {result['perplexity']:,.2f}: {result['verdict']['text']}"
-        return f"{said}; {LOSES_TEXT}" if result.get("loses_text") else said
+        return said + lost * result.get("loses_text", False)
 
     def notes(self, result: dict[str, Any]) -> list[str]:
         """State the protocol's settings and how much was scored."""

@@ -71,16 +71,14 @@ def add_given_fields(kind: type[T]) -> type[T]:
         aliases = [alias for entry in metadata for alias in getattr(entry, "aliases", None) or ()]
         kept = [entry for entry in metadata if not hasattr(entry, "aliases") or not hasattr(entry, "metavar")]
         help_text = tyro.conf.arg(
-            aliases=aliases or None, help=" ".join(text.split()), help_behavior_hint=_tell_default
+            aliases=aliases or None,
+            help=" ".join(text.split()),  # tells the default
+            help_behavior_hint=lambda value: "" if value.lower() == "none" else f"(default: {value})",
         )
         given = tyro.conf.DisallowNone[base | None]  # so that a bool is a flag
         kind.__annotations__[name] = Annotated[(given, *kept, help_text)]
         setattr(kind, name, None)
     return kind
-
-
-def _tell_default(label: str) -> str:
-    return "" if label.lower() == "none" else f"(default: {label})"  # the text tells the default of what is not given
 
 
 OptionValue = bool | int | float | str | None
@@ -161,8 +159,8 @@ class ModelConfig:
     def check_taken(self, model_types: Sequence[str]) -> None:
         """Reject settings that change none of these model types, and memory layers beyond the shape's layers."""
         for name, value in self._given_options().items():
-            if not any(takes(model_type, name, value) for model_type in model_types):
-                takers = [kind for kind in MODEL_KINDS if takes(kind, name, value)]
+            if not takes(model_types, name, value):
+                takers = [kind for kind in MODEL_KINDS if takes([kind], name, value)]
                 also = f"; it is an option of {', '.join(takers)}" if takers else ""
                 raise UserError(f"model.{name}: no model of this run takes it ({', '.join(model_types)}){also}")
         num_layers = self.shape(vocab_size=1).num_hidden_layers
@@ -174,12 +172,12 @@ class ModelConfig:
         return {name: value for name, value in values.items() if value is not None} | self.options
 
 
-def takes(model_type: str, name: str, value: Any) -> bool:
-    """Whether a setting of the model section, one of `NOT_FOR_ALL` or of `options`, changes a model type."""
-    if name == "recipe":
-        return model_type in RECIPES.get(str(value), (model_type,))  # unknown ones are refused elsewhere
-    kind = find_model_kind(model_type)
-    return kind.reads_segments if name == "segment_length" else name in kind.defaults
+def takes(model_types: Sequence[str], name: str, value: Any) -> bool:
+    """Whether a setting of the model section, one of `NOT_FOR_ALL` or of `options`, changes any of these."""
+    if name == "recipe":  # unknown ones are refused elsewhere
+        return not set(RECIPES.get(str(value), model_types)).isdisjoint(model_types)
+    kinds = map(find_model_kind, model_types)
+    return any(kind.reads_segments if name == "segment_length" else name in kind.defaults for kind in kinds)
 
 
 def check_model_type(name: str, info: ValidationInfo) -> str:
@@ -485,19 +483,15 @@ class StudyConfig(RunSettings):
 
         models = values.get("models")
         names = [name for name in models if isinstance(name, str)] if isinstance(models, list | tuple) else []
-
-        def is_taken(option: str, value: Any) -> bool:
-            return any(takes(name, option, value) for name in names)
-
         own, given = change.get("model", {}), values.get("model", {})
         if isinstance(own, dict) and isinstance(given, dict):  # anything else is refused below
             values["model"] = {
                 name: value
                 for name, value in given.items()
-                if name in own or name not in NOT_FOR_ALL or is_taken(name, value)
+                if name in own or name not in NOT_FOR_ALL or takes(names, name, value)
             }  # an option in base applies to the variants that have it
             if isinstance(options := given.get("options"), dict) and "options" not in own:
-                values["model"]["options"] = {name: value for name, value in options.items() if is_taken(name, value)}
+                values["model"]["options"] = {key: value for key, value in options.items() if takes(names, key, value)}
         values |= {"name": f"{variant}-s{seed}", "seed": seed, "runs_dir": str(self.folder)}
         config = settings_from_dict(values, ExperimentConfig, f"{self.name}: variant {variant}")
         if len(config.models) != 1:

@@ -196,13 +196,10 @@ def take_last_documents(split: TokenSplit, num_tokens: int) -> list[NDArray[Any]
     return found
 
 
-PROBE_TOKENS = 50
-
-
-def count_common(documents: Sequence[NDArray[Any]], split: TokenSplit) -> int:
-    """How many documents have middle tokens that a split contains; documents under `PROBE_TOKENS` do not count."""
+def count_common(documents: Sequence[NDArray[Any]], split: TokenSplit, length: int = 50) -> int:
+    """How many documents have their `length` middle tokens in common with a split; shorter ones do not count."""
     text = np.asarray(split.tokens, "<u4").tobytes()
-    probes = [one[(len(one) - PROBE_TOKENS) // 2 :][:PROBE_TOKENS] for one in documents if len(one) >= PROBE_TOKENS]
+    probes = (one[(len(one) - length) // 2 :][:length] for one in documents if len(one) >= length)
     return sum(np.asarray(probe, "<u4").tobytes() in text for probe in probes)
 
 
