@@ -43,6 +43,26 @@ def test_built_in_layers(case):
     check_layer(case.build)
 
 
+@pytest.mark.parametrize("name", ["token_memory", "infini-alibi", "gated_delta"])
+def test_decaying_layers_stream_without_a_step(name, monkeypatch):
+    def build():
+        layer = CASES[name].build()
+        for part in layer.modules():
+            if getattr(part, "has_step", False):
+                monkeypatch.setattr(type(part), "has_step", False)
+        return layer
+
+    check_layer(build)
+
+
+def test_the_layer_of_the_recall_study(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "studies")
+    from taught_recall import OPTIONS, FactLayer
+
+    monkeypatch.setitem(OPTIONS, "memory_key_size", 16)
+    check_layer(lambda: FactLayer(32, **OPTIONS))
+
+
 CONTINUE = """
 import sys, torch
 from new_llm.models import load_memory_file, load_model
