@@ -121,12 +121,12 @@ class MemoryState(LayerMemory):
         """`retained` as a tensor, 1 where it is None, [R, N, H]."""
         return self.norms.new_ones(self.norms.shape[:3]) if self.retained is None else self.retained
 
-    def select_rows(self, chosen: Tensor, other: Self) -> Self:
+    def select_rows(self, chosen: Tensor, other: Any) -> Self:
         """See `LayerMemory.select_rows`; what is left of either is kept, even if only one of them has decayed."""
         if self.retained is None and other.retained is None:
             return super().select_rows(chosen, other)
-        mine, others = (replace(one, retained=one.share_left) for one in (self, other))
-        return super(MemoryState, mine).select_rows(chosen, others)
+        mine = replace(self, retained=self.share_left)
+        return super(MemoryState, mine).select_rows(chosen, replace(other, retained=other.share_left))
 
     def finish_call(self) -> Self:
         """Without `retained`, which is relative to the memory before the call."""
