@@ -27,8 +27,8 @@ def format_count(value: float | None) -> str:
 
 
 def format_plural(count: int, thing: str) -> str:
-    """Format a count with its noun: 1 document, 2 documents, 3 passes."""
-    return f"{count:,} {thing}{'' if count == 1 else 'es' if thing.endswith('s') else 's'}"
+    """Format a count with its noun: 1 document, 2 documents, 3 batches."""
+    return f"{count:,} {thing}{'' if count == 1 else 'es' if thing.endswith(('ch', 's')) else 's'}"
 
 
 def format_short(value: float | None) -> str:

@@ -392,7 +392,7 @@ def test_validation_documents_of_their_own_are_not_trained_on(config, tmp_path):
     assert kept == {"other", "text3"}
     assert read == {f"text{i}" for i in range(12)} - {"text3"}
     assert data.info["validation_source"] == str(held)
-    assert any("left out exact duplicates of other documents: 1" in note for note in data.info["notes"])
+    assert any("left out 1 exact duplicate of" in note for note in data.info["notes"])
     alone = prepare_data(replace(config, validation_source=None))
     assert alone.info["split_fingerprint"] != data.info["split_fingerprint"]
     with refused("every document is in .*train, too: none is left for training"):

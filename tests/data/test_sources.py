@@ -113,15 +113,13 @@ def test_bad_rows_stop_or_are_skipped_and_counted(tmp_path):
         list(open_source(DataConfig(source=str(tmp_path))).read())
     assert "a.jsonl: line 2: the field 'text' holds null, not a string (data.on_bad_row: skip" in lines[0]
     assert "a.parquet: row 2: the field 'text' holds null, not a string (data.on_bad_row: skip" in lines[1]
-    for name, count, first in (("a.jsonl", 5, "line 2"), ("a.parquet", 1, "row 2")):
+    for name, count, first in (("a.jsonl", "5 bad rows", "line 2"), ("a.parquet", "1 bad row", "row 2")):
         source = open_source(DataConfig(source=str(tmp_path / name)))
         for _ in range(2):  # reading again counts again
             bad_rows = BadRows(skip=True)
             assert [text for _, text in source.read(bad_rows)] == ["good", "good, too"]
             (note,) = bad_rows.describe()
-            assert note.startswith(
-                f"bad rows skipped: {count}; the first: {tmp_path / name}: {first}: the field 'text'"
-            )
+            assert note.startswith(f"skipped {count}; the first: {tmp_path / name}: {first}: the field 'text'")
 
 
 def test_hub_names_are_data_sets_configurations_and_fields(tmp_path, speeches, monkeypatch):

@@ -73,7 +73,7 @@ def test_a_closed_stream_and_rows_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="batch_size: 0"):
         model.open_stream(0)
     stream = model.open_stream(2)
-    with pytest.raises(ValueError, match="rows of tokens: 3, of the stream: 2"):
+    with pytest.raises(ValueError, match="3 rows of tokens for a stream of 2"):
         stream.feed(text_ids(3, 2))
     with pytest.raises(ValueError, match="shape"):
         stream.reset_rows(torch.tensor([True]))

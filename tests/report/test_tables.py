@@ -189,7 +189,7 @@ def find_column(summary: Summary, group: str, title: str) -> list[Any]:
         (formats.format_bytes(1050624), "1.05 MB"),
         (formats.format_seconds(59.6), "1 min 00 s"),
         (formats.format_seconds(7800), "2 h 10 min"),
-        ("; ".join(formats.format_plural(count, "pass") for count in (1, 2000)), "1 pass; 2,000 passes"),
+        ("; ".join(formats.format_plural(count, "batch") for count in (1, 2000)), "1 batch; 2,000 batches"),
         ("; ".join(formats.format_plural(count, "new token") for count in (0, 1)), "0 new tokens; 1 new token"),
     ],
 )

@@ -20,6 +20,7 @@ from new_llm.config.files import write_text_atomically
 from new_llm.config.loading import RunSettings, find_committed, read_settings
 from new_llm.config.terminal import make_line, open_console, print_text
 from new_llm.config.train import ClusterConfig
+from new_llm.formats import format_plural
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -127,7 +128,8 @@ class StudyFlags:
         from new_llm.report.study_page import STUDY_PAGE, write_study_page
 
         def train(console: "Console") -> dict[str, Any]:
-            said = f"{study.name}: {study.question}\nruns in {study.folder}: {len(plan_cells(study, only))}"
+            count = format_plural(len(plan_cells(study, only)), "run")
+            said = f"{study.name}: {study.question}\n{count} in {study.folder}"
             if study.cpu_minutes:
                 said += f"; the whole study took about {study.cpu_minutes:g} min on two cores when it was written"
             console.print(f"{said}\nlogs of the runs: {study.folder / LOGS_FOLDER}", soft_wrap=True)

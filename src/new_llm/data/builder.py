@@ -38,6 +38,7 @@ from new_llm.data.tokenizer import (
     tokenize_documents,
     train_tokenizer,
 )
+from new_llm.formats import format_plural
 
 LEAST_READ_CHARACTERS = 1 << 24
 LEAST_PART_CHARACTERS = 1536
@@ -90,8 +91,8 @@ class Builder:
         if num_special:
             meaning = "plain text" if self.config.special_tokens == "text" else "control tokens"
             notes.append(
-                f"the documents spell out special tokens of the tokenizer, such as <|endoftext|> (places: "
-                f"{num_special:,}): encoded as {meaning} (data.special_tokens)"
+                f"the documents spell out special tokens of the tokenizer, such as <|endoftext|>, in "
+                f"{format_plural(num_special, 'place')}: encoded as {meaning} (data.special_tokens)"
             )
         return {"dtype": dtype.str, "room": room, "notes": notes}
 
@@ -160,7 +161,7 @@ class Builder:
                     break
         notes += bad_rows.describe()
         if repeated:
-            notes.append(f"left out exact duplicates of other documents: {repeated:,}")
+            notes.append(f"left out {format_plural(repeated, 'exact duplicate')} of other documents")
 
     def _find_tokenizer(self, work: Path, texts: Any, notes: list[str]) -> Tokenizer:
         if self.tokenizer is not None:

@@ -18,6 +18,7 @@ from typing import Any, cast
 from new_llm.config import UserError
 from new_llm.config.files import check_regular_file
 from new_llm.data.hub import describe_failure
+from new_llm.formats import format_plural
 
 Document = tuple[str, str]
 """(name, text)"""
@@ -50,7 +51,7 @@ class BadRows:
 
     def describe(self) -> list[str]:
         """Return one line about the skipped records, or none."""
-        return [f"bad rows skipped: {self._count:,}; the first: {self._first}"] if self._count else []
+        return [f"skipped {format_plural(self._count, 'bad row')}; the first: {self._first}"] if self._count else []
 
 
 class _Unpacked:

@@ -23,7 +23,7 @@ from new_llm.data.tokenizer import loses_text
 from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, Table, register_measure, to_plain
 from new_llm.evaluation.scoring import Autocast, evaluation_mode, find_device, join_rows, plan_windows
 from new_llm.evaluation.statistics import DocumentLosses, compare_models, estimate_perplexity
-from new_llm.formats import format_bytes, format_percent
+from new_llm.formats import format_bytes, format_percent, format_plural
 from new_llm.models.cache import (
     MATCH,
     Probabilities,
@@ -310,7 +310,8 @@ class Caches(Measure):
     def describe(self, result: dict[str, Any]) -> str:
         """State the bare model's perplexity and the best cache's."""
         bare, best = result["caches"][0], min(result["caches"], key=lambda one: one["perplexity"]["value"])
-        opening = f"perplexity of {len(result['documents'])} long documents {bare['perplexity']['value']:,.2f}"
+        documents = format_plural(len(result["documents"]), "long document")
+        opening = f"perplexity of {documents} {bare['perplexity']['value']:,.2f}"
         if best is bare:
             return f"{opening}; no cache lowers it"
         change, low, high = best["relative"]["value"], best["relative"]["low"], best["relative"]["high"]

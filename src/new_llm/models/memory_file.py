@@ -30,6 +30,7 @@ from new_llm import __version__
 from new_llm.config import UserError
 from new_llm.config.files import shorten
 from new_llm.config.sections import section
+from new_llm.formats import format_plural
 from new_llm.models.held_memory import HeldMemory
 from new_llm.models.state import MAX_COUNT, STATE_VERSION, check_values, merge_memory_states
 from new_llm.models.tensor_files import (
@@ -236,7 +237,7 @@ def _fill_state(record: MemoryRecord, tensors: dict[str, Tensor]) -> State:
         if prefix not in by_prefix or key in by_prefix[prefix]:
             raise ValueError(f"unknown tensor {name}")
         if record.rows is not None and tensor.shape[:1] != (record.rows,):
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, not [{record.rows}, …]")
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, not {format_plural(record.rows, 'row')}")
         by_prefix[prefix][key] = tensor
     for index, entry in state.items():
         if not any(isinstance(value, Tensor) for value in entry.values()):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from new_llm.formats import format_plural
 from new_llm.models.inputs import check_input_ids, mark_valid, plan_packing
 from new_llm.models.layers import Layer, ReadTokens, Step
 from new_llm.models.state import keep_places, list_tensors, map_tensors
@@ -60,7 +61,7 @@ class MemoryStream:
             raise ValueError("the stream is closed; open another one")
         check_input_ids(input_ids, self.model.vocab_size)
         if input_ids.shape[0] != self.batch_size:
-            raise ValueError(f"rows of tokens: {input_ids.shape[0]}, of the stream: {self.batch_size}")
+            raise ValueError(f"{format_plural(input_ids.shape[0], 'row')} of tokens for a stream of {self.batch_size}")
         if self._is_inference and not torch.is_inference_mode_enabled():
             # Tensors made under inference_mode can't be changed in place outside.
             self.opened = map_tensors(self.opened, torch.clone)

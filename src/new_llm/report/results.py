@@ -26,7 +26,7 @@ from new_llm.config.terminal import make_line
 from new_llm.data.hub import describe_failure
 from new_llm.evaluation import MEASURES, Column, ModelResult, ask_measure
 from new_llm.evaluation.statistics import Comparison, DocumentLosses, compare_models
-from new_llm.formats import MISSING, format_number
+from new_llm.formats import MISSING, format_number, format_plural
 
 OWN_TEXT = "validation documents"
 """The name of the text on which a run measures its own models."""
@@ -168,7 +168,8 @@ def name_text(source: str | None, subject: dict[str, Any]) -> str:
     prefix, cache = f"{OWN_TEXT} of ", subject.get("cache") or {}
     text = OWN_TEXT if source is None else Path(source.removeprefix(prefix)).name
     text = prefix + text if (source or "").startswith(prefix) else text
-    order, parts = cache.get("ngram_order"), [f"{cache['num_states']:,} states"] if cache.get("num_states") else []
+    order, states = cache.get("ngram_order"), cache.get("num_states")
+    parts = [format_plural(states, "state")] if states else []
     parts += [COMPONENTS[1 + order]] if order else []
     parts += ["longest match"] if cache.get("longest_match") else []
     text += f", with a cache of {', '.join(parts)}" if parts else ""

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from new_llm.data.batches import IGNORED_LABEL, Batch, plan_batches
 from new_llm.data.tokenizer import TokenSplit, encode_text
 from new_llm.evaluation.doctor.registry import Examination, Finding, fault, ok, register_check, skip, warn
+from new_llm.formats import format_plural
 
 MAX_BATCHES = 64
 SPAN_TOKENS = 50  # training and validation should share no passage of this length
@@ -47,7 +48,8 @@ def check_batches(exam: Examination) -> Finding:
             num_labels += int((batch.labels != IGNORED_LABEL).sum())
             misaligned += _count_misaligned(batch)
             unreset += _count_missing_resets(plan[index - 1] if index else None, batch)
-    found = f"{num_labels:,} labels (batches: {num_batches})"
+    batches = format_plural(num_batches, "batch")
+    found = f"{num_labels:,} labels in {batches}"
     if misaligned:
         return fault(
             f"{misaligned:,} of {found} differ from the token at their position: the data shifts the labels, and so "
@@ -56,8 +58,8 @@ def check_batches(exam: Examination) -> Finding:
         )
     if unreset:
         return fault(
-            f"new documents start without a reset (rows: {unreset}, batches: {num_batches}): memory is carried into "
-            "unrelated text",
+            f"a new document starts without a reset in {format_plural(unreset, 'row')} of {batches}: memory is carried "
+            "into unrelated text",
             "reset a row's memory wherever its document changes",
         )
     return ok(f"{found} are aligned, and every new document starts from an empty memory")
@@ -121,7 +123,7 @@ def check_spans(exam: Examination) -> Finding:
     tokens = validation.tokens[places[longest[0]] : places[longest[0]] + SPAN_TOKENS]
     judge = fault if share >= OVERLAP_SHARE or has_copy else warn
     return judge(
-        f"{found} ({100 * share:.2g}%, documents: {int((held > 0).sum()):,}) are in training, e.g. "
+        f"{found} ({100 * share:.2g}%, in {format_plural(int((held > 0).sum()), 'document')}) are in training, e.g. "
         f"{_quote(exam, tokens)}: their perplexity is too low",
         "look for copies, quotations and boilerplate, and keep texts that share them in one split",
     )
