@@ -29,6 +29,7 @@ from new_llm.data.dataset import PreparedData, prepare_data
 from new_llm.data.recall_facts import ANSWER, TEXT, SamplePlanter
 from new_llm.evaluation import MEASURES, evaluate_streaming
 from new_llm.evaluation.measure import Subject
+from new_llm.evaluation.recall import TASKS
 from new_llm.evaluation.statistics import DocumentLosses, compare_models, find_share_interval
 from new_llm.experiments.run_folder import read_json, write_json
 from new_llm.experiments.subject import load_any_model
@@ -270,9 +271,11 @@ def summarize(results: dict[str, dict[str, Any]]) -> str:
         exact, first, old = ([one["carried"][figure]["value"] for one in same] for figure in ("exact", "first", "old"))
         count = sum(one["num_trials"] for one in same)
         low, high = find_share_interval(round(float(np.mean(exact)) * count), count, 0.95)
-        row = [same[0]["task"], f"{same[0]['mean_distance']:.0f}", f"{np.mean(exact):.0%} [{low:.0%}, {high:.0%}]"]
-        row += [", ".join(f"{share:.0%}" for share in exact), f"{np.mean(first):.0%}"]
-        row += [f"{np.mean([one['reset']['exact']['value'] for one in same]):.0%}", f"{np.mean(old):.0%}"]
+        reset = [one["reset"]["exact"]["value"] for one in same]
+        row = [TASKS[same[0]["task"]], f"{same[0]['mean_distance']:.0f}"]
+        row += [f"{100 * np.mean(exact):.0f} % [{100 * low:.0f}, {100 * high:.0f}]"]
+        row += [", ".join(f"{100 * share:.0f}" for share in exact)]
+        row += [f"{100 * np.mean(shares):.0f} %" for shares in (first, reset, old)]
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
