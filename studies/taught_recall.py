@@ -180,7 +180,7 @@ def ramp(progress: float, begin: float, end: float) -> float:
 def teach(layer: FactLayer, head: Tensor, ids: Tensor, kinds: Tensor, states: Tensor, seed: int) -> None:
     """Train the layer alone: answers in the loss with a weight, ordinary text, and how much of that is written."""
     attention, size = layer.attention, PLANTING.seq_length // PLANTING.segments_per_sample
-    slow, gates = [], attention.gate_parameters()
+    gates = attention.gate_parameters()
     slow = [one for one in attention.parameters() if all(one is not gate for gate in gates)]
     groups = [{"params": slow}, {"params": gates, "lr": GATE_LEARNING_RATE}]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
@@ -256,11 +256,12 @@ def measure(run: str, seed: int) -> dict[str, Any]:
 
 def summarize(results: dict[str, dict[str, Any]]) -> str:
     """The price and a table of recall, for docs/experiments/recall.md."""
-    taught, plain = (
-        {seed: DocumentLosses.read(*(one[way][key] for key in ("num_tokens", "total_nll"))) for seed, one in found}
-        for way, found in (("taught", results.items()), ("plain", results.items()))
-    )
-    price = compare_models(taught, plain)
+
+    def read(way: str) -> dict[str, DocumentLosses]:
+        found = ((seed, one[way]) for seed, one in results.items())
+        return {seed: DocumentLosses.read(one["num_tokens"], one["total_nll"]) for seed, one in found}
+
+    price = compare_models(read("taught"), read("plain"))
     lines = [f"price on plain text: {price.describe() if price else 'other tokens'}", ""]
     lines += [
         "| task | segments | right | by seed | ranks first of ten | memory emptied | old value given |",

@@ -279,9 +279,11 @@ class Perplexity(Measure):
 
     def describe(self, result: dict[str, Any]) -> str:
         """State the perplexity and its verdict."""
-        lost = "; the tokenizer loses part of the text, so figures per byte and word would be too low and are left out"
         said = f"{self.title} {result['perplexity']:,.2f}: {result['verdict']['text']}"
-        return said + lost * result.get("loses_text", False)
+        if not result.get("loses_text"):
+            return said
+        lost = "the tokenizer loses part of the text, so figures per byte and word would be too low and are left out"
+        return f"{said}; {lost}"
 
     def notes(self, result: dict[str, Any]) -> list[str]:
         """State the protocol's settings and how much was scored."""
