@@ -1,5 +1,6 @@
 """Cached models in every measure, against loops that use transformers alone, and the measure of caches itself."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -142,8 +143,8 @@ def repeat(document: list[int]) -> list[int]:
 REPEATED = [repeat(document) for document in make_documents([40, 30, 5, 50, 44, 61])]
 
 
-def measure(model, split, max_tokens=None, **hooks):
-    settings = EvalConfig(caches=SETTINGS, long_documents=LONG, max_tokens=max_tokens)
+def measure(model, split, max_tokens=None, caches=SETTINGS, **hooks):
+    settings = EvalConfig(caches=caches, long_documents=LONG, max_tokens=max_tokens)
     return evaluation.Caches().run(evaluation.Subject(model, TOKENIZER, split, settings, **hooks))
 
 
@@ -190,6 +191,22 @@ def test_each_half_is_measured_with_the_settings_of_the_other():
     ratio = everything["perplexity"]["value"] / result["caches"][0]["perplexity"]["value"]
     assert everything["relative"]["value"] == pytest.approx(ratio - 1)
     assert everything["size"] == {"state_numbers": 20 * 33, "state_bytes": 20 * 130, "bytes_per_token": 2}
+
+
+def test_with_an_emptied_memory_each_segment_is_read_alone_and_the_caches_stay():
+    split = make_split(REPEATED)
+    result = measure(INFINI, split, caches=dataclasses.replace(SETTINGS, reset_memory=True))
+    for entry in result["documents"]:
+        tokens = torch.tensor(REPEATED[entry["index"]])[None]
+        pieces = [tokens[:, begin : begin + SEGMENT + 1] for begin in range(0, tokens.shape[1] - 1, SEGMENT)]
+        with torch.no_grad(), INFINI.fresh_memory():
+            alone = sum(float(INFINI.token_losses(piece[:, :-1], piece).sum()) for piece in pieces)
+        assert sum(entry["total_nll"]["bare"]) == pytest.approx(alone, rel=1e-6)
+    assert result["caches"][-1]["relative"]["high"] < 0
+    carried = measure(INFINI, split)
+    assert carried["caches"][0]["perplexity"]["value"] != pytest.approx(result["caches"][0]["perplexity"]["value"])
+    told = [evaluation.Caches().describe(one) for one in (carried, result)]
+    assert ["emptied memory" in one for one in told] == [False, True]
 
 
 def test_few_documents_have_no_interval_and_one_no_result():

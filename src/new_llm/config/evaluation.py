@@ -255,6 +255,8 @@ class CacheMeasureConfig:
     """Values of θ to choose from; inner products need smaller ones."""
     segments_per_call: Annotated[int, Field(gt=0)] = 8
     """Segments read per call of the model; does not affect the result."""
+    reset_memory: bool = False
+    """Empty the memory before every segment: what the caches and the other layers know without it."""
 
     def list_caches(self) -> dict[str, CacheConfig]:
         """The caches by name, starting with none ("bare"); weights and θ are not tuned yet."""

@@ -94,15 +94,20 @@ def read_parts(
     *,
     autocast: Autocast = contextlib.nullcontext,
 ) -> Parts:
-    """Read a document as a stream, from an empty memory, and return its tokens' probabilities."""
+    """Read a document as a stream, from an empty memory, and return its tokens' probabilities.
+
+    With `settings.reset_memory`, one segment is read per call and nothing is written.
+    """
+    carry = not settings.reset_memory
+    num_segments = settings.segments_per_call if carry else 1
     ids = torch.from_numpy(tokens.astype(np.int64)).to(find_device(model))
     hidden: list[torch.Tensor] = []
     losses: list[torch.Tensor] = []
     with evaluation_mode(model, autocast), model.fresh_memory(batch_size=1):
-        for window in plan_windows(len(tokens), settings.segments_per_call * model.segment_length):
+        for window in plan_windows(len(tokens), num_segments * model.segment_length):
             piece = ids[None, window.begin : window.end]
             targets = model.find_targets(piece[:, :-1], piece)
-            hidden.append(model.compute_hidden(piece[:, :-1], update_memory=True))
+            hidden.append(model.compute_hidden(piece[:, :-1], update_memory=carry))
             losses.append(model.score_passes([hidden[-1]], targets)[0].double().cpu())
         states = prepare_states(torch.cat(hidden, dim=1)[0], settings.similarity)
         by_states = [score_states(states, ids[:-1], ids[1:], size, settings.thetas) for size in settings.sizes]
@@ -259,6 +264,7 @@ class Caches(Measure):
             "num_planned": num_planned,
             "is_complete": int(lengths.sum()) == num_planned,
             "similarity": settings.similarity,
+            "reset_memory": settings.reset_memory,
             "confidence": choice.confidence,
             "seconds": time.perf_counter() - began,
         }
@@ -291,7 +297,8 @@ class Caches(Measure):
     def tables(self, result: dict[str, Any]) -> list[Table]:
         """Return the perplexities with every cache."""
         rows = [(one["name"], _describe_cache(one, "")) for one in result["caches"]]
-        return [Table("With caches, each", rows, is_for_studies=True)]
+        emptied = " and an emptied memory" if result.get("reset_memory") else ""
+        return [Table(f"With caches{emptied}, each", rows, is_for_studies=True)]
 
     def charts(self, results: Sequence[ModelResult]) -> list[Chart]:
         """Draw a dot for each model and cache."""
@@ -311,7 +318,8 @@ class Caches(Measure):
         """State the bare model's perplexity and the best cache's."""
         bare, best = result["caches"][0], min(result["caches"], key=lambda one: one["perplexity"]["value"])
         documents = format_plural(len(result["documents"]), "long document")
-        opening = f"perplexity of {documents} {bare['perplexity']['value']:,.2f}"
+        reading = " read with an emptied memory" if result.get("reset_memory") else ""
+        opening = f"perplexity of {documents}{reading} {bare['perplexity']['value']:,.2f}"
         if best is bare:
             return f"{opening}; no cache lowers it"
         change, low, high = best["relative"]["value"], best["relative"]["low"], best["relative"]["high"]
