@@ -100,6 +100,19 @@ def test_a_changed_fact_is_asked_for_after_both_its_statements(made_up):
 
 
 @pytest.mark.parametrize("made_up", [0, 1])
+def test_a_reworded_fact_is_stated_in_other_words_than_it_is_asked_for(made_up):
+    found = 0
+    for *_, answers in plant(planted_tasks=("reworded",), planted_made_up=made_up):
+        for before, answer in answers:
+            for relation in FACTS["relations"]:
+                if asked := re.search(re.escape(relation["prompt"]).replace(r"\{name\}", f"({NAME})") + "$", before):
+                    assert before.count(f"{relation['reworded'].format(name=asked[1])}{answer}") == 1
+                    assert before.count(asked[0]) == 1
+                    found += 1
+    assert found > 10
+
+
+@pytest.mark.parametrize("made_up", [0, 1])
 def test_a_fact_told_backward_ends_with_its_name(made_up):
     """Before it the same fact is told forward, and only the name is marked; a sample's values are of one relation."""
     found = 0
@@ -179,12 +192,13 @@ TOKENS = np.array(SMALL.encode(TEXT * 4).ids)
 BORDERS = recall_facts.SentenceBorders(SMALL)
 
 
-@pytest.mark.parametrize("task", ["passkey", "facts", "changed"])
+@pytest.mark.parametrize("task", ["passkey", "facts", "changed", "reworded"])
 @pytest.mark.parametrize("part", ["train", "eval"])
 def test_a_needle_is_a_question_with_its_answer(task, part):
     for trial in range(40):
         needle = recall_facts.draw_needle(task, part, 10, np.random.default_rng(trial))
-        assert needle.statement.startswith(needle.prompt + needle.candidates[0])
+        assert needle.statement.startswith(needle.opening + needle.candidates[0])
+        assert (needle.opening != needle.prompt) == (task == "reworded")
         assert needle.replaced == (needle.prompt + needle.candidates[1] if task == "changed" else "")
         assert len(set(needle.candidates)) == 10
         assert all(candidate[0] == " " and candidate[-1] == "." for candidate in needle.candidates)

@@ -184,12 +184,13 @@ MAX_CANDIDATES = 12  # each relation in data/recall_facts.json has this many val
 class RecallConfig(IntervalConfig):
     """What to hide, in texts of which lengths, and at which depths."""
 
-    tasks: Annotated[tuple[Literal["passkey", "facts", "changed"], ...], Field(min_length=1), UNIQUE] = (
+    tasks: Annotated[tuple[Literal["passkey", "facts", "changed", "reworded"], ...], Field(min_length=1), UNIQUE] = (
         "passkey",
         "facts",
     )
     """passkey: a number of five digits; facts: one sentence about an invented person; changed: a fact stated twice with
-    different values, of which the later one is right."""
+    different values, of which the later one is right; reworded: a fact asked for in other words than it is stated
+    in."""
     lengths: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1), UNIQUE] = (1, 2, 4, 8, 16, 32, 64)
     """Lengths of the whole text in segments; 1000 is possible. The last segment holds the question; a text of one
     segment holds both statement and question."""

@@ -195,9 +195,12 @@ class DataConfig:
     """Share of names and of values in words that are not from the word lists, so that the model learns to recall any
     word: they are made up from pieces of the tokenizer, or taken from the sample's own text. The rest comes from the
     lists' part "train"."""
-    planted_tasks: Annotated[tuple[Literal["passkey", "facts", "changed"], ...], Field(min_length=1)] = ("facts",)
+    planted_tasks: Annotated[tuple[Literal["passkey", "facts", "changed", "reworded"], ...], Field(min_length=1)] = (
+        "facts",
+    )
     """What to plant. passkey: a number of five digits; facts: one sentence about an invented person; changed: a fact
-    that is stated again with another value before it is asked for."""
+    that is stated again with another value before it is asked for; reworded: a fact that is asked for in other
+    words."""
     planted_relations: Annotated[int, Field(ge=1, le=8)] = 8
     """Number of different relations in a sample, drawn for each sample. If it is small, only names tell facts apart."""
     planted_backward: Annotated[float, Field(ge=0, le=1)] = 0.0

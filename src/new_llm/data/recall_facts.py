@@ -5,7 +5,8 @@ measured on the other. The pass key task is that of Landmark Attention, arXiv:23
 
 A sample with a planted fact contains a sentence and, further on, the same sentence again or the same fact stated
 backward. The end of the second sentence is predictable only from the first, so predicting it trains the memory. A
-changed fact is stated with one value, then with another, and then asked for; the newest value is the right answer.
+changed fact is stated with one value, then with another, and then asked for; the newest value is the right answer. A
+reworded fact is stated in other words than it is asked for, so no lookup of the question's words finds the answer.
 """
 
 import functools
@@ -27,8 +28,9 @@ from new_llm.config import DataConfig, UserError
 from new_llm.data.reversal_pairs import ReversalPair, make_pair
 from new_llm.data.tokenizer import count_ids, encode_continuation, encode_text
 
-RecallTask = Literal["passkey", "facts", "changed"]
-"""passkey: a number; facts: a sentence about an invented person; changed: such a sentence that replaces another."""
+RecallTask = Literal["passkey", "facts", "changed", "reworded"]
+"""passkey: a number; facts: a sentence about an invented person; changed: such a sentence that replaces another;
+reworded: such a sentence, asked for in other words."""
 RecallPart = Literal["train", "eval"]
 """Which of the two disjoint sets of names, values and keys to draw from."""
 
@@ -40,13 +42,15 @@ EVAL_KEYS = 5  # one key in EVAL_KEYS belongs to "eval"
 
 @dataclass(frozen=True)
 class Needle:
-    """A statement to hide in a text, and the question asked at the end: `prompt`, the statement up to the answer.
+    """A statement to hide in a text, and the question asked at the end: `prompt`, a sentence up to the answer.
 
-    The statement begins with exactly `prompt + answer`. The prompt does not end with a space; an answer begins with one
-    and ends with the full stop, so that a byte-level BPE tokenizes the whole like its two parts.
+    The statement begins with exactly `opening + answer`, where `opening` is the prompt unless the fact is reworded.
+    Neither ends with a space; an answer begins with one and ends with the full stop, so that a byte-level BPE tokenizes
+    the whole like its two parts.
     """
 
     statement: str
+    opening: str
     prompt: str
     candidates: tuple[str, ...]
     """The right answer, then wrong ones drawn from the same set; for a changed fact the second is the old value."""
@@ -84,7 +88,8 @@ def draw_needle(
     if name is None:
         name = " ".join(several[generator.integers(len(several))] for several in names.values())
     chosen = [relation[part][i] for i in generator.choice(len(relation[part]), num_candidates, replace=False)]
-    needle = _make_needle(relation["prompt"].format(name=name), chosen)
+    opening = relation["reworded" if task == "reworded" else "prompt"].format(name=name)
+    needle = replace(_make_needle(opening, chosen), prompt=relation["prompt"].format(name=name))
     replaced = needle.prompt + needle.candidates[1] if task == "changed" else ""
     return replace(needle, replaced=replaced, name=name, backward=relation["backward"])
 
@@ -133,9 +138,9 @@ def is_key_of(key: int, part: RecallPart) -> bool:
     return (int.from_bytes(digest[:8], "big") % EVAL_KEYS == 0) == (part == "eval")
 
 
-def _make_needle(prompt: str, answers: Iterable[str], end: str = "") -> Needle:
+def _make_needle(opening: str, answers: Iterable[str], end: str = "") -> Needle:
     candidates = tuple(f" {answer}." for answer in answers)
-    return Needle(f"{prompt}{candidates[0]}{end}", prompt, candidates)
+    return Needle(f"{opening}{candidates[0]}{end}", opening, opening, candidates)
 
 
 @functools.cache
@@ -347,8 +352,8 @@ class SamplePlanter:
     ) -> tuple[set[str], list[NDArray[np.int64]], int]:
         """Draw a fact: its questions, the tokens of its statements, and where the answer begins in the last statement.
 
-        The last statement serves as the question: it repeats the newest statement or states the fact backward. If facts
-        may be stated backward, the backward question is among the questions.
+        The last statement serves as the question: it states the newest value in the words of the prompt, or the fact
+        backward. If facts may be stated backward, the backward question is among the questions.
         """
         config, pieces = self._config, self._pieces
         task = config.planted_tasks[generator.integers(len(config.planted_tasks))]
@@ -356,19 +361,22 @@ class SamplePlanter:
         if task != "passkey" and pieces is not None and generator.random() < config.planted_made_up:
             name = pieces.draw_person(generator)
         needle = draw_needle(task, "train", 1 + (task == "changed"), generator, name=name, among=among)
-        question, stop = self._encode(f" {needle.prompt}"), self._stop
+        opening, question = (self._encode(f" {prompt}") for prompt in (needle.opening, needle.prompt))
+        stop = self._stop
         told = [one for one in (needle.replaced, needle.statement) if one]
         if task != "passkey" and pieces is not None and generator.random() < config.planted_made_up:
-            statements = [np.concatenate([question, pieces.draw_word(text, generator), stop]) for _ in told]
+            statements = [np.concatenate([opening, pieces.draw_word(text, generator), stop]) for _ in told]
         else:
             statements = [self._encode(f" {one}") for one in told]
         newest, questions = statements[-1], {needle.prompt}
         if needle.backward and config.planted_backward:
             before, after = needle.backward.split(" {value}")
-            value = newest[len(question) : -len(stop)]
+            value = newest[len(opening) : -len(stop)]
             questions.add(needle.backward.format(value=self._decode(value.tolist()).strip()))
             if generator.random() < config.planted_backward:
                 prompt = np.concatenate([self._encode(f" {before}"), value, self._encode(after)])
                 backward = np.concatenate([prompt, self._encode(f" {needle.name}"), stop])
                 return questions, [*statements, backward], len(prompt)
+        if needle.opening != needle.prompt:
+            newest = np.concatenate([question, newest[len(opening) :]])
         return questions, [*statements, newest], len(question)

@@ -47,7 +47,7 @@ from new_llm.formats import format_number, format_percent, format_plural
 from new_llm.models import TransformerLM
 from new_llm.models.inputs import IGNORE_INDEX, align_labels
 
-TASKS = {"passkey": "pass keys", "facts": "facts", "changed": "changed facts"}
+TASKS = {"passkey": "pass keys", "facts": "facts", "changed": "changed facts", "reworded": "reworded facts"}
 """Readers' names for the tasks."""
 FIGURES = {
     "exact": "greedy exact match",
@@ -57,7 +57,7 @@ FIGURES = {
 }
 """Readers' names for the figures; only changed facts have an old value."""
 NEEDLE_STREAM, FILLER_STREAM = 1, 2  # independent random streams
-TASK_STREAMS: dict[RecallTask, int] = {"passkey": 1, "facts": 2, "changed": 3}
+TASK_STREAMS: dict[RecallTask, int] = {"passkey": 1, "facts": 2, "changed": 3, "reworded": 4}
 FIRST_SENTENCE_REACH = 1024  # a text begins at the first sentence border within this many tokens, if there is one
 
 Tokens = NDArray[np.int64]
