@@ -297,7 +297,7 @@ def test_a_difference_that_a_page_tells_is_that_of_the_committed_losses():
     found = run_python(program, losses, "gated_delta-4-three/caches/+ all", "pythia/caches/+ all")
     said, _, seeds = found.strip().rpartition(" ")
     assert said in (ROOT / "docs/experiments/novels.md").read_text(encoding="utf-8")
-    assert seeds == "(4)"
+    assert seeds == "(5)"
     unknown = [sys.executable, program, losses, "rwkv/bare"]
     refused = subprocess.run(unknown, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
