@@ -34,7 +34,7 @@ from new_llm.evaluation.statistics import DocumentLosses, compare_models, find_s
 from new_llm.experiments.run_folder import read_json, write_json
 from new_llm.experiments.subject import load_any_model
 from new_llm.models import TransformerLM
-from new_llm.models.layers import PythiaLayer
+from new_llm.models.layers import Layer, PythiaLayer
 from new_llm.models.layers.base import ReadTokens, Segments, register_layer
 from new_llm.models.layers.token_memory import TokenMemoryAttention, TokenMemoryLayer, TokenMemoryOptions
 from new_llm.models.ops import scale_to_length
@@ -84,7 +84,7 @@ class FactAttention(TokenMemoryAttention):
         options: as of a token memory.
     """
 
-    has_step = False  # a stream runs the open segment again
+    step, end_segments = Layer.step, Layer.end_segments  # a stream runs the open segment again
 
     def __init__(self, hidden_size: int, options: TokenMemoryOptions) -> None:
         super().__init__(hidden_size, options)

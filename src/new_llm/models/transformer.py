@@ -27,7 +27,7 @@ from new_llm.models.inputs import (
     mark_valid,
     plan_packing,
 )
-from new_llm.models.layers import Attention, Layer, ReadTokens, Segments
+from new_llm.models.layers import Layer, ReadTokens, Segments
 from new_llm.models.layers.base import initialize_weights
 from new_llm.models.ops.head_loss import linear_cross_entropy
 from new_llm.models.stream import MemoryStream
@@ -240,7 +240,7 @@ class TransformerLM(HeldMemory):
         num_segments = hidden.shape[1]
         if num_passes > 1 and num_segments > 1 and self.memory_layers:
             parts: list[list[Tensor]] = []
-            losses: dict[Layer | Attention, Tensor] = {}
+            losses: dict[Layer, Tensor] = {}
             for index, part in enumerate(hidden.split(1, dim=1)):
                 one = segments.select(index, num_segments)
                 passes, memories = self._run_passes(part, memories, one, num_passes)
@@ -438,9 +438,9 @@ class TransformerLM(HeldMemory):
             return total
         return total + torch.stack(found).sum() * (targets != IGNORE_INDEX).sum()
 
-    def _take_auxiliary_losses(self) -> dict[Layer | Attention, Tensor]:
+    def _take_auxiliary_losses(self) -> dict[Layer, Tensor]:
         """The auxiliary losses that layers and attentions hold, which hold none afterwards."""
-        holders = [part for part in self.layers.modules() if isinstance(part, Layer | Attention)]
+        holders = [part for part in self.layers.modules() if isinstance(part, Layer)]
         found = {part: part.auxiliary_loss for part in holders if part.auxiliary_loss is not None}
         for part in found:
             part.auxiliary_loss = None

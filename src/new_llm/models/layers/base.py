@@ -133,11 +133,6 @@ class OpenInputs:
         return Segments(mark_valid(counts, longest).unsqueeze(1), write_last, tokens)
 
 
-def _leave_out_loss(self: nn.Module) -> dict[str, Any]:
-    """The attributes to copy or pickle: all but the auxiliary loss, which belongs to a call's graph."""
-    return {name: value for name, value in vars(self).items() if name != "auxiliary_loss"}
-
-
 class Layer(nn.Module, ABC):
     """Base class of all layers; most derive from `Block`. Register a subclass with `register_layer`.
 
@@ -169,7 +164,10 @@ class Layer(nn.Module, ABC):
     hidden_size: int
     auxiliary_loss: Tensor | None = None
     """A scalar that `forward` may set in training; the model adds it to its mean loss per token."""
-    __getstate__ = _leave_out_loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The attributes to copy or pickle: all but the auxiliary loss, which belongs to a call's graph."""
+        return {name: value for name, value in vars(self).items() if name != "auxiliary_loss"}
 
     @abstractmethod
     def forward(
@@ -287,37 +285,11 @@ class Layer(nn.Module, ABC):
         return replace(opened, hidden=kept, counts=opened.counts - counts), memory
 
 
-class Attention(nn.Module, ABC):
-    """The part of a layer that mixes tokens.
+class Attention(Layer):
+    """The part of an `AttentionLayer` that mixes tokens, a layer without a name of its own.
 
-    With memory it also defines `empty_memory`, and for faster streams `step` and `end_segments`, as a `Layer` does. If
-    it defines `initialize_features`, `initialize_weights` calls that after drawing the weights.
+    If it defines `initialize_features`, `initialize_weights` calls that after drawing the weights.
     """
-
-    auxiliary_loss: Tensor | None = None
-    """See `Layer.auxiliary_loss`."""
-    __getstate__ = _leave_out_loss
-    has_step: ClassVar[bool] = False
-    """Whether `step` and `end_segments` exist: True in a class that defines `step` and in its subclasses, unless they
-    set it. If False, the layer recomputes open segments at each step."""
-    step: Any
-    end_segments: Any
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.has_step = vars(cls).get("has_step", cls.has_step or "step" in vars(cls))
-
-    @abstractmethod
-    def forward(self, hidden: Tensor, memory: Any, segments: Segments) -> tuple[Tensor, LayerMemory | None]:
-        """Mix the tokens of whole segments, [B, n, S, D]; see `Layer.forward`."""
-
-    def gate_parameters(self) -> list[nn.Parameter]:
-        """See `Layer.gate_parameters`."""
-        return []
-
-    def undecayed_parameters(self) -> list[nn.Parameter]:
-        """See `Layer.undecayed_parameters`."""
-        return []
 
 
 class AttentionLayer(Layer):
@@ -342,15 +314,12 @@ class AttentionLayer(Layer):
 
     def step(self, hidden: Tensor, opened: Any, memory: Any, step: Step) -> tuple[Tensor, Any]:
         """See `Layer.step`."""
-        if not self.attention.has_step:
-            return super().step(hidden, opened, memory, step)
         mixed, opened = self.attention.step(self.enter(hidden), opened, memory, step)
         return self.add(hidden, mixed), opened
 
     def end_segments(self, opened: Any, memory: Any, ended: Tensor) -> tuple[Any, Any]:
         """See `Layer.end_segments`."""
-        closer = self.attention if self.attention.has_step else super()
-        return closer.end_segments(opened, memory, ended)
+        return self.attention.end_segments(opened, memory, ended)
 
     def empty_memory(self, rows: int, like: Tensor) -> LayerMemory:
         """See `Layer.empty_memory`."""

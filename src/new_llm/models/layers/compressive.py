@@ -148,6 +148,8 @@ class CompressiveAttention(MemoryAttention):
         decay: w of each head, H numbers; None: no decay.
     """
 
+    can_step_in_place = True
+
     def __init__(
         self,
         hidden_size: int,
@@ -562,7 +564,7 @@ class CompressiveLayer(MemoryLayer, Block):
         make: Any = self.choose_attention(options)
         attention = make(hidden_size, options.num_memory_heads or num_heads, options)
         attention.set_positions(rotary_pct, rotary_emb_base)
-        self.can_step_in_place = attention.has_step
+        self.can_step_in_place = attention.can_step_in_place
         return attention
 
     def choose_attention(self, options: Any) -> type[CompressiveAttention]:

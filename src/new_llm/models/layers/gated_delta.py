@@ -63,6 +63,8 @@ class GatedDeltaAttention(Attention):
         options: which parts to use.
     """
 
+    has_memory = True
+
     def __init__(self, hidden_size: int, num_heads: int, options: GatedDeltaOptions) -> None:
         super().__init__()
         self.num_heads = num_heads

@@ -27,6 +27,7 @@ class MemoryAttention(Attention):
             the token ids.
     """
 
+    has_memory = True
     gate: nn.Parameter
     dense: nn.Linear
     num_memories: int

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from new_llm.config.model import Size
 from new_llm.config.sections import section, short
-from new_llm.models.layers.base import Segments, register_layer
+from new_llm.models.layers.base import Layer, Segments, register_layer
 from new_llm.models.layers.compressive import CompressiveAttention, CompressiveLayer, MemoryOptions
 from new_llm.models.ops import weigh_memories
 from new_llm.models.state import MemoryState
@@ -127,7 +127,8 @@ class RoutedAttention(SelectingAttention):
     """
 
     takes_token_rules: ClassVar[bool] = False
-    has_step: ClassVar[bool] = False
+    can_step_in_place = False
+    step, end_segments = Layer.step, Layer.end_segments  # which recompute the open segment
 
     def __init__(self, hidden_size: int, num_memory_heads: int, options: Any) -> None:
         super().__init__(

@@ -58,6 +58,8 @@ class TransformerXLAttention(SoftmaxAttention):
     cached keys and values are detached; the paper detaches the hidden states from which it computes them.
     """
 
+    has_memory = True
+
     def __init__(self, memory_tokens: int, *sizes: Any, detach_memory: bool) -> None:
         super().__init__(*sizes)
         self.memory_tokens = memory_tokens
