@@ -18,9 +18,9 @@ from tokenizers import Tokenizer
 import new_llm.models.hf  # registers this project's models with the Auto classes
 from new_llm.config import DataConfig, UserError
 from new_llm.config.evaluation import SubjectConfig
-from new_llm.config.files import read_mapping, write_text_atomically
+from new_llm.config.files import write_text_atomically
 from new_llm.config.terminal import hide_home, make_line
-from new_llm.data.hub import HUB_NAME, describe_failure, hub_answers, hub_endpoint
+from new_llm.data.hub import describe_failure
 from new_llm.data.tokenizer import fingerprint_tokenizer, get_tokenizer
 from new_llm.evaluation import MEASURES
 from new_llm.evaluation.language_models import HuggingFaceLM
@@ -38,6 +38,8 @@ from new_llm.experiments.run_folder import (
 )
 from new_llm.models import TransformerLM
 from new_llm.models.hf import export_auto, export_pythia, load_pythia
+from new_llm.models.hf.folder import CONFIG_FILE as MODEL_CONFIG_FILE
+from new_llm.models.hf.folder import find_checkpoint, read_config
 from new_llm.models.hf.infini_adapter import attach_adapter, read_base_name
 from new_llm.models.model_file import STRUCTURE_FILE
 from new_llm.models.tensor_files import fingerprint_weights
@@ -140,11 +142,14 @@ def load_hugging_face(
     name: str, revision: str | None, segment_length: int | None
 ) -> tuple[TransformerLM | HuggingFaceLM, Tokenizer, str]:
     """Load a folder or hub name: model, tokenizer and model type. Code in the checkpoint is never executed."""
-    kind = _read_model_type(name, revision)
+    folder = find_checkpoint(name, revision)
+    kind = read_config(folder).get("model_type")
+    if not isinstance(kind, str):
+        raise UserError(f"{folder / MODEL_CONFIG_FILE}: model_type is missing")
     model: TransformerLM | HuggingFaceLM
     if kind == "gpt_neox":
         try:
-            model = load_pythia(name, revision=revision, segment_length=segment_length)
+            model = load_pythia(folder, segment_length=segment_length)
         except ValueError as error:
             raise error if isinstance(error, UserError) else UserError(f"--segment-length: {error}") from None
     else:
@@ -153,9 +158,7 @@ def load_hugging_face(
 
         disable_progress_bar()
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                name, revision=revision or "main", torch_dtype="auto", trust_remote_code=False
-            )
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto", trust_remote_code=False)
         except Exception as error:  # transformers can raise anything
             raise UserError(f"{name}: can't be loaded as a causal language model: {describe_failure(error)}") from None
         if kind == new_llm.models.hf.NewLLMConfig.model_type:
@@ -165,32 +168,6 @@ def load_hugging_face(
         else:
             model = HuggingFaceLM(loaded, segment_length)
     return model, get_tokenizer(name, DataConfig.hub_timeout_seconds), kind
-
-
-def _read_model_type(name: str, revision: str | None) -> str:
-    import huggingface_hub
-
-    path = Path(name).expanduser() / "config.json"
-    if not path.parent.is_dir():
-        if not HUB_NAME.fullmatch(name):
-            raise UserError(f"{name}: no such folder, and not a valid name of a model on the hub")
-        try:
-            if hub_answers(f"{name}/resolve/{revision or 'main'}/config.json", DataConfig.hub_timeout_seconds):
-                cached: Any = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
-            else:
-                cached = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
-        except Exception as error:
-            raise UserError(f"{name}: could not be loaded: {describe_failure(error)}") from None
-        if not isinstance(cached, str):
-            raise UserError(
-                f"{name}: no such folder, not in the local cache of the hub, and the hub at {hub_endpoint()} is out of "
-                "reach; give a run folder, or a folder that save_pretrained or `new-llm export` wrote"
-            )
-        path = Path(cached)
-    kind = read_mapping(path).get("model_type")
-    if not isinstance(kind, str):
-        raise UserError(f"{path}: model_type is missing")
-    return kind
 
 
 # Export
