@@ -146,7 +146,9 @@ def test_long_documents_are_chosen_by_the_seed_and_the_same_for_every_run(tiny_a
     middle = int(np.sort(lengths)[len(lengths) // 2])
 
     def choose(seed: int, num_docs: int = 3, max_tokens: int | None = None) -> Any:
-        return choose_long_documents(data, num_docs=num_docs, min_tokens=middle, max_tokens=max_tokens, seed=seed)
+        options: dict[str, Any] = {"num_docs": num_docs, "min_doc_tokens": middle, "max_doc_tokens": max_tokens}
+        config = dataclasses.replace(tiny_adapter, data=dataclasses.replace(tiny_adapter.data, split_seed=seed))
+        return choose_long_documents(data, dataclasses.replace(config, **options))
 
     chosen, short, whole = choose(0), choose(0, max_tokens=40), choose(0, num_docs=999)
     assert chosen.train.num_documents == 3

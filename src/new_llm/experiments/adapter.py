@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 
 from new_llm.config import UserError
 from new_llm.config.evaluation import TextConfig
@@ -21,7 +20,7 @@ from new_llm.data.tokenizer import TokenSplit, check_vocabulary
 from new_llm.evaluation import Baseline, Subject, find_measures, measure
 from new_llm.experiments.config import ADAPTER_MODELS, AdapterTrainingConfig
 from new_llm.experiments.run_folder import find_model_folder, find_tokenizer_file
-from new_llm.experiments.runner import ReportWriter, Run
+from new_llm.experiments.runner import Run
 from new_llm.models import TransformerLM
 from new_llm.models.hf.infini_adapter import add_parallel_infini, load_base, save_adapter, split_weights
 from new_llm.models.model_file import load_model
@@ -38,15 +37,9 @@ BASE_HERE = (
 )
 
 
-def train_adapter(
-    config: AdapterTrainingConfig,
-    *,
-    resume: bool = False,
-    console: Console | None = None,
-    write_report: ReportWriter | None = None,
-) -> dict[str, Any]:
-    """Train and measure an adapter, and write its file; arguments, results and errors as in `run_experiment`."""
-    return AdapterRun(config, resume=resume, console=console, write_report=write_report).execute()
+def train_adapter(config: AdapterTrainingConfig, **options: Any) -> dict[str, Any]:
+    """Train and measure an adapter, and write its file; options, results and errors as in `run_experiment`."""
+    return AdapterRun(config, **options).execute()
 
 
 class AdapterRun(Run[AdapterTrainingConfig]):
@@ -168,23 +161,15 @@ def load_configured_base(config: AdapterTrainingConfig, source: str | Path) -> T
 
 def prepare_documents(config: AdapterTrainingConfig, tokenizer_name: str) -> PreparedData:
     """The source's long documents, split, and tokenised with the base's tokenizer; errors as in `prepare_data`."""
-    data = prepare_data(dataclasses.replace(config.data, tokenizer=tokenizer_name))
-    return choose_long_documents(
-        data,
-        num_docs=config.num_docs,
-        min_tokens=config.min_doc_tokens or config.data.seq_length,
-        max_tokens=config.max_doc_tokens,
-        seed=config.data.split_seed,
-    )
+    return choose_long_documents(prepare_data(dataclasses.replace(config.data, tokenizer=tokenizer_name)), config)
 
 
-def choose_long_documents(
-    data: PreparedData, *, num_docs: int, min_tokens: int, max_tokens: int | None, seed: int
-) -> PreparedData:
-    """Draw long training documents, and keep all long validation documents; each is cut to `max_tokens`.
+def choose_long_documents(data: PreparedData, config: AdapterTrainingConfig) -> PreparedData:
+    """Draw long training documents, and keep all long validation documents; each is cut to `max_doc_tokens`.
 
     If no validation document is long, all are kept, with a note.
     """
+    min_tokens = config.min_doc_tokens or config.data.seq_length
     notes = list(data.info.get("notes", []))
     long, longest = data.train.find_long(min_tokens), int(data.train.lengths.max(initial=0))
     if not len(long):
@@ -192,15 +177,16 @@ def choose_long_documents(
             f"{data.info['source']}: no training document has {min_tokens:,} tokens (the longest has "
             f"{longest:,}); use longer documents, a smaller --min-doc-tokens or a smaller --seq-length"
         )
-    if len(long) < num_docs:
-        notes.append(f"long documents asked for: {num_docs:,}; of {min_tokens:,} tokens or more: {len(long):,}")
-    chosen = np.sort(np.random.default_rng([seed, CHOICE_STREAM]).permutation(long)[:num_docs])
+    if len(long) < config.num_docs:
+        notes.append(f"long documents asked for: {config.num_docs:,}; of {min_tokens:,} tokens or more: {len(long):,}")
+    order = np.random.default_rng([config.data.split_seed, CHOICE_STREAM]).permutation(long)
+    chosen = np.sort(order[: config.num_docs])
     held_out = data.validation.find_long(min_tokens)
     if not len(held_out):
         notes.append(f"no held-out document has {min_tokens:,} tokens, so all are measured")
         held_out = np.arange(data.validation.num_documents)
-    train = cut_documents(data.train, chosen, max_tokens)
-    validation = cut_documents(data.validation, held_out, max_tokens)
+    train = cut_documents(data.train, chosen, config.max_doc_tokens)
+    validation = cut_documents(data.validation, held_out, config.max_doc_tokens)
     info = data.info | {
         "notes": notes,
         "min_doc_tokens": min_tokens,

@@ -21,7 +21,7 @@ sha256            of all of this and the tensors
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,11 +60,6 @@ from new_llm.models.transformer import TransformerLM
 def create_pythia_with_parallel_infini(
     model_name: str | Path = "EleutherAI/pythia-70m",
     *,
-    use_delta_rule: bool = True,
-    use_alibi: bool = False,
-    initial_alpha: float = 0.0,
-    freeze_base_model: bool = True,
-    layers: Sequence[int] = (0,),
     segment_length: int | None = None,
     revision: str | None = None,
     **options: Any,
@@ -76,27 +71,16 @@ def create_pythia_with_parallel_infini(
 
     Args:
         model_name: a GPT-NeoX's hub name or directory, or a folder written by `save_model`.
-        use_delta_rule: write only what the memory does not return yet.
-        use_alibi: decay the memory at each segment's write.
-        initial_alpha: initial α; with 0 the model starts out bit-identical to its base.
-        freeze_base_model: train only the adapter: the base's weights require no gradients.
-        layers: indices of the layers that get a memory branch.
         segment_length: number of tokens in a segment; None: the base's.
         revision: branch, tag or commit of a hub repository.
-        options: further fields of `AdapterConfig`.
+        options: fields of `AdapterConfig`: `layers`, `use_delta_rule`, `use_alibi`, `initial_alpha` (with 0, the
+            default, the model starts out bit-identical to its base), `freeze_base_model`, and others.
 
     Raises:
         ValueError: an option is unknown, a value is out of range, or the base has no such layer.
         UserError: the base can't be found or read (a subclass of ValueError).
     """
-    config = AdapterConfig(
-        layers=tuple(layers),
-        use_delta_rule=use_delta_rule,
-        use_alibi=use_alibi,
-        initial_alpha=initial_alpha,
-        freeze_base_model=freeze_base_model,
-        **options,
-    )
+    config = AdapterConfig(**options)
     model = load_base(model_name, revision=revision, segment_length=segment_length)
     return add_parallel_infini(model, config, base_name=str(model_name))
 

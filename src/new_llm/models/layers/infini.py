@@ -133,18 +133,8 @@ class ParallelInfiniLayer(MemoryLayer):
     Infini is the attention of `InfiniLayer`, with its memory, local attention, gates and output projection. With α = 0
     the output equals the base layer's bit for bit, whatever the memory holds.
 
-    Args:
-        hidden_size: D.
-        num_heads: number of heads of the base layer's softmax attention.
-        intermediate_size: width of the base layer's MLP.
-        rotary_pct: fraction of each head's dimensions that get rotary positions.
-        rotary_emb_base: base of the rotary wavelengths.
-        layer_norm_eps: ε of all LayerNorms.
-        base_name: directory or hub name of the base layer's weights; only recorded.
-        options: fields of `ParallelInfiniOptions`.
-
-    Raises:
-        ValueError: the heads do not divide the hidden size, or an option is out of range.
+    The arguments are `Block`'s, for the base layer, the options fields of `ParallelInfiniOptions`. `base_name`, the
+    directory or hub name of the base layer's weights, is only recorded.
     """
 
     index_key: ClassVar[str] = InfiniLayer.index_key
