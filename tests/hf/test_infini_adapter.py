@@ -77,7 +77,8 @@ def test_alpha_trains_with_the_gates_and_the_base_not_at_all():
     model = make_adapted(layers=(0, 1), num_memory_banks=2)
     train = TrainConfig(gate_learning_rate=0.02)
     groups = {group["name"]: group for group in group_parameters(model, train)}
-    gates = [parameter for index in (0, 1) for parameter in model.layers[index].gate_parameters()]
+    parts = [part for layer in model.layers[:2] for part in (layer, layer.attention)]
+    gates = [parameter for part in parts for parameter in part.gate_parameters()]
     assert {id(p) for p in groups["gates"]["params"]} == {id(p) for p in gates}
     assert len(gates) == 6
     assert groups["gates"]["lr"] == 0.02

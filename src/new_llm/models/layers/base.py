@@ -214,11 +214,11 @@ class Layer(nn.Module, ABC):
         return self.stands_before_head
 
     def gate_parameters(self) -> list[nn.Parameter]:
-        """Parameters trained with the gates' learning rate and without weight decay."""
+        """Parameters trained with the gates' learning rate and without weight decay, besides those of inner layers."""
         return []
 
     def undecayed_parameters(self) -> list[nn.Parameter]:
-        """Weight matrices trained with the model's learning rate, but without weight decay."""
+        """Weight matrices trained with the model's learning rate but without weight decay, besides inner layers'."""
         return []
 
     def gate_values(self) -> list[float]:
@@ -324,14 +324,6 @@ class AttentionLayer(Layer):
     def empty_memory(self, rows: int, like: Tensor) -> LayerMemory:
         """See `Layer.empty_memory`."""
         return self.attention.empty_memory(rows, like)
-
-    def gate_parameters(self) -> list[nn.Parameter]:
-        """See `Layer.gate_parameters`."""
-        return self.attention.gate_parameters()
-
-    def undecayed_parameters(self) -> list[nn.Parameter]:
-        """See `Layer.undecayed_parameters`."""
-        return self.attention.undecayed_parameters()
 
 
 class MLP(nn.Module):

@@ -195,5 +195,5 @@ class ParallelInfiniLayer(MemoryLayer):
         return hidden + self.alpha.to(mixed.dtype) * mixed
 
     def gate_parameters(self) -> list[nn.Parameter]:
-        """β, the bank weights and α."""
-        return [*super().gate_parameters(), self.alpha]
+        """α; the attention has gates of its own."""
+        return [self.alpha]
