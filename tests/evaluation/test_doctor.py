@@ -59,7 +59,6 @@ def make_data(train: list[str] | None = None, validation: list[str] | None = Non
         "seed": 0,
         "pairs": tuple(PAIRS),
         "differences": (),
-        "facts": {"source_fingerprint": "of the texts"},
     }
     return TrainingData(**(values | changes))
 

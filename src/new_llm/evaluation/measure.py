@@ -57,7 +57,6 @@ class TrainingData:
         shapes: the shapes of its batches (see `list_shapes`).
         pairs: the reversal pairs whose forward sentences were trained on, if any.
         differences: how today's data differ from the run's records, one sentence each.
-        facts: fingerprints that match the run's records.
     """
 
     train: TokenSplit
@@ -67,7 +66,6 @@ class TrainingData:
     seed: int
     pairs: tuple[ReversalPair, ...]
     differences: tuple[str, ...]
-    facts: dict[str, Any]
 
 
 @dataclass(frozen=True)

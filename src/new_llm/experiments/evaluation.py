@@ -132,7 +132,6 @@ def describe_training(loaded: LoadedModel, prepared: PreparedData) -> TrainingDa
             for name, before in then.items()
             if before != now[name]
         ),
-        facts={name: before for name, before in then.items() if before == now[name]},
     )
 
 

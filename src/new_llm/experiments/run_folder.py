@@ -14,7 +14,6 @@ runs/<name>/
 import dataclasses
 import datetime
 import json
-import math
 import os
 import platform
 import re
@@ -213,7 +212,8 @@ def describe_command() -> str:
 
 def write_json(path: Path, values: Any) -> None:
     """Write strict JSON atomically; NaN and infinity become null."""
-    write_text_atomically(path, json.dumps(_strict(values), indent=2, ensure_ascii=False) + "\n")
+    strict = json.loads(json.dumps(values), parse_constant=lambda _: None)
+    write_text_atomically(path, json.dumps(strict, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -229,16 +229,6 @@ def list_refused(results: dict[str, Any]) -> list[tuple[str, str]]:
     if list(results["config"]["eval"]["measures"]) == list(EvalConfig().measures):
         return []
     return [item for model in results["models"] for item in (model.get("not_measured") or {}).items()]
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _strict(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def describe_resumption(folder: Path, command: str) -> str:

@@ -56,16 +56,10 @@ from new_llm.models import TransformerLM, create_model
 from new_llm.models.cost import check_fits, count_flops, count_memory, count_state
 from new_llm.models.factory import match_parameters
 from new_llm.models.model_file import load_model
-from new_llm.models.tensor_files import fingerprint_tensors, now
+from new_llm.models.tensor_files import find_misfit, fingerprint_tensors, now
 from new_llm.processes import start_processes
 from new_llm.training import Trainer, TrainingResult
-from new_llm.training.checkpoint import (
-    BEST_FOLDER,
-    find_misfit,
-    list_checkpoints,
-    remove_checkpoints,
-    share_weights,
-)
+from new_llm.training.checkpoint import BEST_FOLDER, list_checkpoints, remove_checkpoints, share_weights
 from new_llm.training.devices import (
     choose_device,
     choose_precision,
@@ -479,7 +473,7 @@ class ExperimentRun(Run[ExperimentConfig]):
         with torch.device("meta"):
             built = build_model(self.config, name, self.data.vocab_size)
         weights = self.origins[name] = other.state_dict()
-        if misfit := find_misfit(built, weights):
+        if misfit := find_misfit(weights, built.state_dict()):
             raise UserError(f"init_from: {self.config.init_from}: its weights do not fit {name}: {misfit}")
         return weights
 

@@ -155,7 +155,7 @@ def _check_layers(plan: ModelStructure, planned: list[Layer], header: TensorHead
             )
         prefix = f"layers.{index}."
         found = {name: shape for name, shape in header.shapes.items() if name.startswith(prefix)}
-        if misfit := find_misfit(found, {prefix + name: value.shape for name, value in layer.state_dict().items()}):
+        if misfit := find_misfit(found, {prefix + name: value for name, value in layer.state_dict().items()}):
             raise ValueError(f"weights do not fit {STRUCTURE_FILE}: {misfit}")
 
 

@@ -10,7 +10,7 @@ import datetime
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -102,13 +102,17 @@ def check_digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], whe
         raise UserError(f"{where}: corrupted: the content does not match the digest it was written with")
 
 
-def find_misfit(found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> str | None:
-    """Describe the first tensor, by name, that is missing, unknown or has the wrong shape; None: all fit."""
-    for name in sorted({*found, *wanted}):
-        if name not in found or name not in wanted:
+def find_misfit(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """Describe the first tensor, by name, that is missing, unknown or has the wrong shape; None: all fit.
+
+    The arguments are tensors or their shapes.
+    """
+    here, there = ({name: list(getattr(one, "shape", one)) for name, one in part.items()} for part in (found, wanted))
+    for name in sorted(here | there):
+        if name not in here or name not in there:
             return f"missing or unknown tensors: {name}"
-        if tuple(found[name]) != tuple(wanted[name]):
-            return f"{name} has shape {list(found[name])}, not {list(wanted[name])}"
+        if here[name] != there[name]:
+            return f"{name} has shape {here[name]}, not {there[name]}"
     return None
 
 

@@ -34,6 +34,7 @@ from new_llm.models import TransformerLM
 from new_llm.models.model_file import find_model_fault, write_model_files
 from new_llm.models.tensor_files import (
     check_finite,
+    find_misfit,
     fingerprint_tensors,
     read_safetensors,
     read_torch_file,
@@ -221,7 +222,7 @@ def load_checkpoint(
         if last is not None:
             with describe_fault(last):
                 found = read_checkpoint(last)
-                if misfit := find_misfit(model, found.weights):
+                if misfit := find_misfit(found.weights, model.state_dict()):
                     raise ValueError(f"it belongs to another model: {misfit}")
                 names = {parameter: name for name, parameter in model.named_parameters()}
                 groups = {group["name"]: {names[one] for one in group["params"]} for group in optimizer.param_groups}
@@ -261,13 +262,6 @@ def describe_fault(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # a broken file can raise almost anything in the libraries
         raise UserError(f"{path}: the checkpoint can't be read: {error}") from None
-
-
-def find_misfit(model: nn.Module, weights: dict[str, Tensor]) -> str | None:
-    """Describe the first tensor whose name or shape differs between a model and some weights; None if all fit."""
-    here, there = ({name: tuple(one.shape) for name, one in s.items()} for s in (model.state_dict(), weights))
-    odd = min((name for name in {*here, *there} if here.get(name) != there.get(name)), default=None)
-    return odd and f"{odd} is {there.get(odd)}, here {here.get(odd)}"
 
 
 def restore_weights(

@@ -171,7 +171,7 @@ def attach_adapter(model: TransformerLM, path: str | Path, *, force: bool = Fals
     if record.with_base:
         adapted = tuple(f"layers.{index}." for index in settings)
         shapes |= {name: value.shape for name, value in base.items() if not name.startswith(adapted)}
-    if misfit := find_misfit({name: tensor.shape for name, tensor in tensors.items()}, shapes):
+    if misfit := find_misfit(tensors, shapes):
         raise UserError(shorten(f"{where}: does not fit this base: {misfit}"))
     if not record.with_base and not force and record.base_fingerprint != (own := fingerprint_tensors(base)):
         raise UserError(
