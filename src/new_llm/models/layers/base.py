@@ -291,6 +291,12 @@ class Attention(Layer):
     If it defines `initialize_features`, `initialize_weights` calls that after drawing the weights.
     """
 
+    @abstractmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, hidden: Tensor, memory: Any, segments: Segments
+    ) -> tuple[Tensor, LayerMemory | None]:
+        """See `Layer.forward`; all arguments are given."""
+
 
 class AttentionLayer(Layer):
     """x + Attention(x); subclasses override `enter` (the attention's input) and `add` (the layer's output)."""
