@@ -83,7 +83,7 @@ def read_settings(path: Path, kind: type[Settings], *, is_record: bool = False) 
     Args:
         is_record: the file is the record of a run: users' modules that only it names are not imported.
     """
-    values = read_yaml(path)
+    values = parse_yaml(read_text_file(path, MAX_YAML_BYTES), str(path))
     values = {} if values is None else values
     if not isinstance(values, dict):
         sections = [field.name for field in dataclasses.fields(cast(Any, kind)) if dataclasses.is_dataclass(field.type)]
@@ -137,11 +137,6 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
-
-
-def read_yaml(path: Path) -> Any:
-    """Parse a YAML file into plain values."""
-    return parse_yaml(read_text_file(path, MAX_YAML_BYTES), str(path))
 
 
 def parse_yaml(text: str, where: str) -> Any:

@@ -13,23 +13,6 @@ FIRST_CANDIDATES = 1024
 """Number of tokens that top_p ranks at first: more are rarely needed, and ranking the whole vocabulary is slow."""
 
 
-def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """For tokens already seen, x / θ if x > 0, else x θ; other logits are unchanged.
-
-    Source: CTRL, arXiv:1909.05858, section 4.1. CTRL always divides; negative logits are multiplied here, since
-    dividing would raise them.
-
-    Args:
-        logits: x, [B, Z].
-        seen: [B, Z] bool.
-        penalty: θ.
-
-    Returns:
-        [B, Z].
-    """
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
 def rank_candidates(logits: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """The highest logits and their tokens, [B, number] each; if the maximum is tied, the first token is argmax's."""
     values, tokens = logits.topk(number, dim=-1)
@@ -82,9 +65,12 @@ class TokenSampler:
     def pick(self, logits: Tensor) -> Tensor:
         """Like `choose`, but with the random numbers of the last `draw`, and without synchronising or checks."""
         self.zero.add_(logits.amax(-1) * 0)  # amax propagates NaN; infinity times 0 is NaN
-        if self.seen is not None:
-            logits = penalize_repetition(_widen(logits), self.seen, self.config.repetition_penalty)
         logits = _widen(logits)  # argmax in 16 bits is five times slower
+        if self.seen is not None:
+            # CTRL, arXiv:1909.05858, section 4.1, always divides, which would raise negative logits.
+            penalty = self.config.repetition_penalty
+            penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
+            logits = torch.where(self.seen, penalized, logits)
         tokens = self._draw(logits) if self.config.do_sample else logits.argmax(-1)
         if self.seen is not None:
             self.seen.scatter_(1, tokens.unsqueeze(1), True)

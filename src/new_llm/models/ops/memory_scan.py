@@ -157,17 +157,6 @@ def choose_group(q: Tensor, num_memories: int, value_width: int) -> int:
     return max(math.isqrt(num_segments - 1) + 1, kernels.limit_bytes(q, SMALL_STATES) // state_bytes)
 
 
-def suits_delta_kernel(k: Tensor) -> bool:
-    """Whether the delta-rule kernel should be used on a GPU for keys [B, n, H, S, K].
-
-    With long segments and few heads it would run a few programs with long loops, whereas two cuBLAS products per
-    segment use the whole GPU.
-    """
-    batch, _, heads, length, width = k.shape
-    is_long = length * width >= LONG_SEGMENT and batch * heads * width <= FEW_COLUMNS
-    return not is_long and width * k.element_size() <= kernels.MAX_KEY_BYTES
-
-
 # The chain of writes
 
 
@@ -201,8 +190,12 @@ class Chain:
         self.written = slice(part.start, max(part.start, min(part.stop, num_writes)))
         self.num_segments, self.num_writes = part.stop - part.start, self.written.stop - self.written.start
         self.num_memories, self.wide, self.dtype = num_memories, wide, find_product_dtype(k, wide)
-        uses_triton = kernels.uses_triton(k) and (delta_scales is None or suits_delta_kernel(k))
-        self.uses_triton = uses_triton and self.num_writes > 0
+        # With long segments and few heads, the delta rule's kernel would run a few programs with long loops, whereas
+        # two cuBLAS products per segment use the whole GPU.
+        batch, _, heads, length, width = k.shape
+        is_long = length * width >= LONG_SEGMENT and batch * heads * width <= FEW_COLUMNS
+        has_kernel = delta_scales is None or (not is_long and width * k.element_size() <= kernels.MAX_KEY_BYTES)
+        self.uses_triton = kernels.uses_triton(k) and has_kernel and self.num_writes > 0
         # the written segments' keys in the products' dtype, made contiguous once for the kernels
         picked = [None if t is None else t[:, self.written].to(self.dtype) for t in (k, written_keys)]
         own, self.given_keys = (t.contiguous() if t is not None and self.uses_triton else t for t in picked)
