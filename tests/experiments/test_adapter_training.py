@@ -99,7 +99,7 @@ def test_training_changes_the_adapter_and_no_weight_of_a_frozen_base(finished, b
     base_result, adapted = results["models"]
     assert adapted["context_tokens"] == base_result["context_tokens"] == 16
     assert adapted["evaluation"]["sliding"]["perplexity"] != base_result["evaluation"]["sliding"]["perplexity"]
-    assert [(run.status, [model.status for model in run.models]) for run in list_runs(folder.parent)] == [
+    assert [(run.status, [model["status"] for model in run.models]) for run in list_runs(folder.parent)] == [
         ("complete", ["done", "done"])
     ]
     alphas = [line["alpha"]["0"] for line in read_metrics(folder / "parallel_infini") if "gates" in line]

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from tyro.conf import Positional, arg
 
@@ -17,7 +17,7 @@ from new_llm.formats import format_plural, format_short
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from new_llm.experiments.run_folder import ModelStatus, RunStatus
+    from new_llm.experiments.run_folder import RunStatus
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -47,7 +47,7 @@ class ListRuns(Command):
             if found.fault is not None:
                 faults.append(f"unreadable: {name}: {found.fault}")
                 rows.append((name, head))
-            rows += [(f"{name}: {model.name}", head | describe_model(model)) for model in found.models]
+            rows += [(f"{name}: {model['name']}", head | format_model(model)) for model in found.models]
         console = open_console()
         console.print(ColumnTable.of_words(rows))
         for line in (*faults, f"{format_plural(len(runs), 'run')} in {self.runs_dir}"):
@@ -78,7 +78,7 @@ class ShowRun(Command):
             raise UserError(str(found.fault))
         console = open_console()
         console.print(f"{folder}: {found.status}")
-        rows = [(model.name, describe_model(model) | {"state": model.status}) for model in found.models]
+        rows = [(model["name"], format_model(model) | {"state": model["status"]}) for model in found.models]
         console.print(ColumnTable.of_words(rows))
         paths = [folder / "report.html", folder / "results.json", *sorted(folder.glob("*/checkpoints/*"))]
         files = [str(path) for path in paths if path.exists() and not path.name.startswith(".")]
@@ -118,7 +118,7 @@ def print_plain(runs: "Sequence[RunStatus]", form: str) -> None:
             "begun": run.created and run.created.isoformat(),
             "run_status": run.status,
             "fault": run.fault,
-            **(dataclasses.asdict(model) if model else {}),
+            **(model or {}),
         }
         for run in runs
         for model in run.models or (None,)
@@ -135,15 +135,15 @@ def print_plain(runs: "Sequence[RunStatus]", form: str) -> None:
     table.writerows(rows)
 
 
-def describe_model(model: "ModelStatus") -> dict[str, str]:
+def format_model(model: dict[str, Any]) -> dict[str, str]:
     """A model's epochs, tokens, perplexity, gates and newest checkpoint as table cells."""
-    newest = model.checkpoints[0].split("-") if model.checkpoints else ()
+    perplexity, gates, checkpoints = (model[name] for name in ("perplexity", "gates", "checkpoints"))
     return {
-        "epochs": f"{model.epochs}/{model.num_epochs}",
-        "tokens": format_short(model.tokens),
-        "perplexity": "–" if model.perplexity is None else f"{model.perplexity:,.2f}",
-        "gates": "–" if model.gates is None else f"{model.gates[0]:.2f}–{model.gates[1]:.2f}",
-        "checkpoint": f"step {int(newest[1]):,}" if newest else "–",
+        "epochs": f"{model['epochs']}/{model['num_epochs']}",
+        "tokens": format_short(model["tokens"]),
+        "perplexity": "–" if perplexity is None else f"{perplexity:,.2f}",
+        "gates": "–" if gates is None else f"{gates[0]:.2f}–{gates[1]:.2f}",
+        "checkpoint": f"step {int(checkpoints[0].split('-')[1]):,}" if checkpoints else "–",
     }
 
 

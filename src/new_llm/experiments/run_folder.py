@@ -316,36 +316,18 @@ def find_tokenizer_file(folder: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class ModelStatus:
-    """One model of a run: waiting, training or done.
-
-    `perplexity` is that of sliding windows if the model is done, else the best validation perplexity so far. `gates`
-    are the smallest and the largest.
-    """
-
-    name: str
-    status: str
-    epochs: int
-    num_epochs: int
-    perplexity: float | None
-    tokens: int
-    gates: tuple[float, float] | None
-    checkpoints: tuple[str, ...] = ()
-    """Names of the checkpoints to continue from, newest first."""
-
-
-@dataclass(frozen=True)
 class RunStatus:
     """One run: complete, unreadable (see `fault`), or unfinished.
 
-    Unfinished means running, interrupted or failed; the folder does not tell which. `evaluations` are file names.
+    Unfinished means running, interrupted or failed; the folder does not tell which. `models` are the results of
+    `_describe_model`, `evaluations` file names.
     """
 
     folder: Path
     status: str
     created: datetime.datetime | None
     config: TrainingSettings | None
-    models: tuple[ModelStatus, ...]
+    models: tuple[dict[str, Any], ...]
     evaluations: tuple[str, ...]
     fault: str | None = None
 
@@ -388,7 +370,12 @@ def describe_run(folder: Path) -> RunStatus:
     return RunStatus(folder, "unreadable", None, None, (), evaluations, fault)
 
 
-def _describe_model(folder: Path, name: str, config: TrainingSettings) -> ModelStatus:
+def _describe_model(folder: Path, name: str, config: TrainingSettings) -> dict[str, Any]:
+    """The state of one model of a run as plain values; its `status` is waiting, training or done.
+
+    `perplexity` is that of sliding windows if the model is done, else the best validation perplexity so far; `gates`
+    are the smallest and the largest; `checkpoints` are the names of those to continue from, newest first.
+    """
     lines = read_metrics(folder)
     epochs = [line for line in lines if line["event"] == "epoch"]
     steps = [line for line in lines if line["event"] == "train"]
@@ -399,13 +386,13 @@ def _describe_model(folder: Path, name: str, config: TrainingSettings) -> ModelS
         perplexity = min((line["validation_perplexity"] for line in epochs), default=None)
     gates = result["gates"] if result else next((line["gates"] for line in reversed(steps) if line.get("gates")), {})
     values = [value for heads in gates.values() for value in heads]
-    return ModelStatus(
-        name=name,
-        status="done" if result is not None else "training" if lines else "waiting",
-        epochs=len(epochs),
-        num_epochs=config.train.num_epochs,
-        perplexity=perplexity,
-        tokens=max((line["tokens"] for line in lines), default=0),
-        gates=(min(values), max(values)) if values else None,
-        checkpoints=tuple(path.name for path in list_checkpoints(folder)),
-    )
+    return {
+        "name": name,
+        "status": "done" if result is not None else "training" if lines else "waiting",
+        "epochs": len(epochs),
+        "num_epochs": config.train.num_epochs,
+        "perplexity": perplexity,
+        "tokens": max((line["tokens"] for line in lines), default=0),
+        "gates": (min(values), max(values)) if values else None,
+        "checkpoints": tuple(path.name for path in list_checkpoints(folder)),
+    }
