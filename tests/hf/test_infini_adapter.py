@@ -10,8 +10,8 @@ from model_cases import text_ids
 from new_llm import TransformerLM, create_model
 from new_llm.config import TrainConfig, UserError
 from new_llm.evaluation.doctor.model_checks import check_gates
-from new_llm.models import export_pythia, save_model
-from new_llm.models.hf import infini_adapter
+from new_llm.models import save_model
+from new_llm.models.hf import export_pythia, infini_adapter
 from new_llm.models.layers.infini import AdapterConfig
 from new_llm.models.tensor_files import fingerprint_weights
 from new_llm.training.preparation import group_parameters

@@ -17,8 +17,8 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from model_cases import assert_near, get_model, randomize, text_ids
 from new_llm.config import PythiaConfig, UserError
 from new_llm.data import hub
-from new_llm.models import TransformerLM, create_model, export_pythia, save_model
-from new_llm.models.hf import load_pythia
+from new_llm.models import TransformerLM, create_model, save_model
+from new_llm.models.hf import export_pythia, load_pythia
 from new_llm.models.layers import InfiniLayer, PythiaLayer
 from tiny import make_shape, refused
 
