@@ -320,10 +320,8 @@ SPECIAL_TOKENS = {
 }
 
 
-@pytest.fixture(scope="module")
-def run_folder(untrained_run, tmp_path_factory):
-    run = tmp_path_factory.mktemp("runs") / "tiny"
-    shutil.copytree(untrained_run, run)
+def test_a_run_s_models_with_their_cards(untrained_run, tmp_path, capsys):
+    run = shutil.copytree(untrained_run, tmp_path / "tiny")
     result = {
         "training": {"tokens": 482619, "steps": 120, "best_epoch": 3, "seconds": 99.9},
         "evaluation": {
@@ -334,14 +332,11 @@ def run_folder(untrained_run, tmp_path_factory):
     (run / "infini" / "result.json").write_text(json.dumps(result))
     (run / "data.json").write_text(json.dumps({"source": "sotu", "train": {"num_documents": 234}}))
     (run / "environment.json").write_text(json.dumps({"command": "new-llm experiment --config /home/ada/a.yaml"}))
-    return run
 
-
-def test_a_memory_model_with_its_card(run_folder, tmp_path, capsys):
     out = tmp_path / "out" / "infini"
-    assert main(["export", "--run", str(run_folder), "--model", "infini", "--out", str(out)]) == 0
+    assert main(["export", "--run", str(run), "--model", "infini", "--out", str(out)]) == 0
     assert str(out) in capsys.readouterr().out
-    best = load_model(run_folder / "infini" / "best")
+    best = load_model(run / "infini" / "best")
     loaded = AutoModelForCausalLM.from_pretrained(out).model
     torch.testing.assert_close(loaded.state_dict(), best.state_dict(), rtol=0, atol=0)
     assert AutoTokenizer.from_pretrained(out).eos_token_id == 0
@@ -358,13 +353,11 @@ def test_a_memory_model_with_its_card(run_folder, tmp_path, capsys):
     ):
         assert line in card
 
-
-def test_a_pythia_as_gpt_neox(run_folder, tmp_path):
     out = tmp_path / "pythia"
-    command = ["export", "--run", str(run_folder), "--model", "pythia", "--out", str(out), "--format", "gpt_neox"]
+    command = ["export", "--run", str(run), "--model", "pythia", "--out", str(out), "--format", "gpt_neox"]
     assert main(command) == 0
     assert type(AutoModelForCausalLM.from_pretrained(out).eval()).__name__ == "GPTNeoXForCausalLM"
-    best = load_model(run_folder / "pythia" / "best")
+    best = load_model(run / "pythia" / "best")
     torch.testing.assert_close(load_pythia(out).state_dict(), best.state_dict(), rtol=0, atol=0)
     assert "perplexity" not in (out / "README.md").read_text()  # this model of the run was not measured
 
