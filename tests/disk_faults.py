@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from new_llm.models.tensor_files import hash_content
 OPERATIONS = ("replace", "fsync", "mkdir", "chmod", "open", "rmdir", "unlink")
 
 
-@contextmanager
-def stop_at(number: int, monkeypatch: pytest.MonkeyPatch, *, dies: bool) -> Iterator[list[str]]:
-    """Let the operation of this number fail, as on a full disk, or end the process at once before it."""
-    done: list[str] = []
+def stop_everywhere(act: Callable[[], object], monkeypatch: pytest.MonkeyPatch, *, dies: bool) -> Iterator[int]:
+    """Act once for each operation, which fails there, as on a full disk; the number after each time.
+
+    With `dies` a child process acts each time, and ends at once before the operation.
+    """
+    number, done, is_whole = 0, list[str](), False
 
     def wrap(name: str) -> Callable:
         original = getattr(os, name)
@@ -35,24 +37,15 @@ def stop_at(number: int, monkeypatch: pytest.MonkeyPatch, *, dies: bool) -> Iter
 
         return operate
 
-    with monkeypatch.context() as patch:
-        for name in OPERATIONS:
-            patch.setattr(os, name, wrap(name))
-        yield done
-
-
-def stop_everywhere(act: Callable[[], object], monkeypatch: pytest.MonkeyPatch, *, dies: bool) -> Iterator[int]:
-    """Act once for each operation, which is stopped there, until nothing is left to stop; the number after each time.
-
-    With `dies` a child process acts each time, and dies.
-    """
-    number, is_whole = 0, False
-    while not is_whole:
+    while not is_whole:  # until nothing is left to stop
         number += 1
         if dies and (child := os.fork()):
             is_whole = os.waitpid(child, 0)[1] == 0
         else:
-            with stop_at(number, monkeypatch, dies=dies) as done, suppress(OSError):
+            done.clear()
+            with monkeypatch.context() as patch, suppress(OSError):
+                for name in OPERATIONS:
+                    patch.setattr(os, name, wrap(name))
                 act()
             if dies:
                 os._exit(0)

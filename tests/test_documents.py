@@ -172,29 +172,10 @@ def list_flags() -> set[str]:
     return set(re.findall(r"--[\w.-]+", write_completion("bash"))) | {"--debug", "--version"}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_page)
-def test_commands_and_flags_in_sentences_exist(page):
-    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert set(re.findall(r"`new-llm ([a-z][\w-]*)", text)) <= set(COMMANDS)
-    assert set(re.findall(r"`(--[\w.-]+)", text)) <= list_flags()
-
-
 @pytest.mark.parametrize("page", [page for page in PAGES if find_blocks(page, "yaml")], ids=name_page)
 def test_yaml_blocks_are_configurations(page):
     for block in find_blocks(page, "yaml"):
         assert settings_from_dict(yaml.safe_load(block), ExperimentConfig, name_page(page)).models
-
-
-@pytest.mark.parametrize("page", PAGES, ids=name_page)
-def test_links_between_pages_lead_somewhere(page):
-    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
-        if "://" in target:
-            continue
-        found = page if not target else page.parent / target
-        assert found.exists(), target
-        if anchor and not anchor.startswith("new_llm."):
-            headings = re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8"), re.MULTILINE)
-            assert anchor in [re.sub(r"[^\w\s-]", "", h).strip().lower().replace(" ", "-") for h in headings], anchor
 
 
 def test_every_equation_names_what_implements_it():
@@ -211,7 +192,18 @@ def test_every_equation_names_what_implements_it():
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "docs/images/life-of-a-batch.svg"], ids=name_page)
 def test_what_a_page_names_exists(page):
     text = page.read_text(encoding="utf-8")
+    sentences = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    assert set(re.findall(r"`new-llm ([a-z][\w-]*)", sentences)) <= set(COMMANDS)
+    assert set(re.findall(r"`(--[\w.-]+)", sentences)) <= list_flags()
     assert set(re.findall(r"^ *```(\w*)", text, re.MULTILINE)) <= LANGUAGES  # of which every block is tested
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", text):
+        if "://" in target:
+            continue
+        found = page if not target else page.parent / target
+        assert found.exists(), target
+        if anchor and not anchor.startswith("new_llm."):
+            headings = re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w\s-]", "", h).strip().lower().replace(" ", "-") for h in headings], anchor
     for path in re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE) + re.findall(r"[#`](new_llm\.[\w.]+)[)`]", text):
         pkgutil.resolve_name(path)
     for file in re.findall(
@@ -224,20 +216,13 @@ def test_what_a_page_names_exists(page):
         assert (ROOT / file).is_file(), file
 
 
-def test_readme_fits_three_screens():
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
-
-
-def test_every_page_is_in_the_navigation():
-    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    pages = {page.relative_to(ROOT / "docs").as_posix() for page in PAGES if ROOT / "docs" in page.parents}
-    assert pages == set(re.findall(r"([\w/-]+\.md)$", text, re.MULTILINE))
-
-
 def test_project_files_agree_with_the_project():
     def read(name: str) -> str:
         return (ROOT / name).read_text(encoding="utf-8")
 
+    assert len(read("README.md").splitlines()) <= 120  # three screens
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in PAGES if ROOT / "docs" in page.parents}
+    assert pages == set(re.findall(r"([\w/-]+\.md)$", read("mkdocs.yml"), re.MULTILINE))
     assert yaml.safe_load(read("CITATION.cff"))["version"] == __version__
     assert "run: .ci/run" in read(".github/workflows/ci.yml")
     hooks = yaml.safe_load(read(".pre-commit-config.yaml"))["repos"]

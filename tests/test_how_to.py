@@ -229,17 +229,3 @@ def test_a_source_is_one_function(folder):
     (folder / "verses" / "a.verse").write_text("\n\n".join(stanzas))
     results = run_tiny("--models", "pythia", "--eval.measures", "sliding", "--data.source", "my_sources:read_verses")
     assert sum(results["data"][split]["num_documents"] for split in ("train", "validation")) == 12
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--models", "my_layers:Absent"], "no module named my_layers"),
-        (["--models", "json:dumps"], "json:dumps"),
-        (["--eval.measures", "json:dumps"], "not a subclass"),
-        (["--eval.measures", "slidng"], "unknown measure 'slidng'; known are "),
-        (["--data.source", "my_sources:absent"], "no module named my_sources"),
-    ],
-)
-def test_what_is_not_there_is_one_line(flags, said, capsys):
-    assert said in refuse(capsys, *TINY.split(), *flags)

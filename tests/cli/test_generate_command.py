@@ -37,7 +37,7 @@ def expect(untrained_run: Path, prompt: str = PROMPT, memory: Path | None = None
     return prompt + statistics.texts[0] + "\n"
 
 
-def test_text_goes_to_stdout_and_statistics_to_stderr_and_stop_ends_the_text(untrained_run, capsys):
+def test_text_goes_to_stdout_streamed_or_not_and_statistics_to_stderr_and_stop_ends_the_text(untrained_run, capsys):
     assert call(untrained_run, "--max-new-tokens", 40) == 0
     captured = capsys.readouterr()
     text = expect(untrained_run, max_new_tokens=40)
@@ -49,9 +49,6 @@ def test_text_goes_to_stdout_and_statistics_to_stderr_and_stop_ends_the_text(unt
     captured = capsys.readouterr()
     assert captured.out == PROMPT + text[len(PROMPT) :].split(stop)[0] + "\n"
     assert int(re.fullmatch(STATISTICS, captured.err)[1]) < 40
-
-
-def test_streamed_text_is_the_text(untrained_run, capsys):
     options = {"max_new_tokens": 60, "temperature": 0.9, "top_k": 50, "top_p": 0.95, "seed": 3}
     flags = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
     for stream in ([], ["--stream"]):
@@ -59,24 +56,22 @@ def test_streamed_text_is_the_text(untrained_run, capsys):
         assert capsys.readouterr().out == expect(untrained_run, do_sample=True, **options)
 
 
-def test_several_prompts_are_continued_as_each_would_be_alone(untrained_run, capsys):
-    prompts = (PROMPT, "War")
-    assert call(untrained_run, "--max-new-tokens", 25, prompts=prompts) == 0
-    texts = [expect(untrained_run, prompt, max_new_tokens=25) for prompt in prompts]
-    assert capsys.readouterr().out == f"--- 1 ---\n{texts[0]}--- 2 ---\n{texts[1]}"
-
-
-def test_memory_is_read_and_stays_as_it_was(untrained_run, capsys):
-    memory = untrained_run / "infini.safetensors"
-    before = memory.read_bytes()
-    assert call(untrained_run, "--memory", memory) == 0
+def test_memory_is_read_stays_as_it_was_and_is_saved_when_asked(untrained_run, tmp_path, capsys):
+    memory, out = untrained_run / "infini.safetensors", tmp_path / "out.safetensors"
+    before, tokenizer = memory.read_bytes(), read_tokenizer_file(untrained_run / "tokenizer.json")
+    assert call(untrained_run, "--memory", memory, "--save-memory", out, "--max-new-tokens", 30) == 0
     found = capsys.readouterr().out
-    assert found == expect(untrained_run, memory=memory)
-    assert found != expect(untrained_run)
+    assert found == expect(untrained_run, memory=memory, max_new_tokens=30)
+    assert found != expect(untrained_run, max_new_tokens=30)
     assert memory.read_bytes() == before
+    num_read = len(tokenizer.encode(PROMPT).ids) + 30
+    assert read_memory_file(out).tokens_seen == read_memory_file(memory).tokens_seen + num_read
 
 
-def test_prompt_comes_from_a_file_or_the_standard_input(untrained_run, tmp_path, capsys, monkeypatch):
+def test_prompts_come_from_flags_a_file_or_the_standard_input(untrained_run, tmp_path, capsys, monkeypatch):
+    assert call(untrained_run, "--max-new-tokens", 25, prompts=(PROMPT, "War")) == 0
+    texts = [expect(untrained_run, prompt, max_new_tokens=25) for prompt in (PROMPT, "War")]
+    assert capsys.readouterr().out == f"--- 1 ---\n{texts[0]}--- 2 ---\n{texts[1]}"
     (tmp_path / "prompt.txt").write_bytes(f"\ufeff{PROMPT}\r\n".encode())
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode())))
     for place in (tmp_path / "prompt.txt", "-"):
@@ -96,14 +91,6 @@ def test_comparison_shows_both_continuations(untrained_run, capsys):
     shown = capsys.readouterr().out
     _, prompt, *parts = re.split(r"--- (?:prompt|with infini\.safetensors|with an empty memory) ---\n", shown)
     assert ["".join((prompt + part).split()) for part in parts] == ["".join(make_printable(t).split()) for t in texts]
-
-
-def test_memory_is_saved_when_asked(untrained_run, tmp_path, capsys):
-    out = tmp_path / "out.safetensors"
-    memory, tokenizer = untrained_run / "infini.safetensors", read_tokenizer_file(untrained_run / "tokenizer.json")
-    assert call(untrained_run, "--memory", memory, "--save-memory", out, "--max-new-tokens", 30) == 0
-    before, after = read_memory_file(memory), read_memory_file(out)
-    assert after.tokens_seen == before.tokens_seen + len(tokenizer.encode(PROMPT).ids) + 30
 
 
 # `new-llm memory`: fill, show, merge and compare

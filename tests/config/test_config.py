@@ -16,12 +16,6 @@ from tiny import refused
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 
-def test_the_flat_keywords_of_python_land_in_their_sections():
-    config = ExperimentConfig(data={"source": "sotu"}, num_samples=7, num_epochs=30, num_memories=8)
-    assert (config.data.source, config.data.num_samples) == ("sotu", 7)
-    assert (config.train.num_epochs, config.model.num_memories) == (30, 8)
-
-
 @pytest.mark.parametrize(("given", "limits"), [({}, (16, 4096)), ({"max_documents": None}, (None, 4096))])
 def test_what_a_file_leaves_out_of_long_documents_keeps_the_experiment_s_limits(tmp_path, given, limits):
     (path := tmp_path / "config.yaml").write_text(
@@ -81,7 +75,10 @@ def test_bad_yaml_is_one_line_that_names_the_fault(tmp_path, text, named):
         read_settings(path, ExperimentConfig)
 
 
-def test_segment_and_vocabulary_are_those_of_the_data_unless_they_are_set():
+def test_flat_keywords_land_in_their_sections_and_segment_and_vocabulary_are_the_data_s_unless_set():
+    config = ExperimentConfig(data={"source": "sotu"}, num_samples=7, num_epochs=30, num_memories=8)
+    assert (config.data.source, config.data.num_samples) == ("sotu", 7)
+    assert (config.train.num_epochs, config.model.num_memories) == (30, 8)
     assert ExperimentConfig(seq_length=256, segments_per_sample=4).segment_length == 64
     assert ExperimentConfig(seq_length=256, segment_length=32).segment_length == 32
     for bad, message in (({"seq_length": 4096, "segments_per_sample": 1}, "max_position_embeddings"), ({"a": 1}, "a")):

@@ -131,27 +131,17 @@ HOLD = (
 )
 
 
-@pytest.fixture
-def holder(tmp_path: Path):
-    process = start(HOLD, tmp_path / "lock")
-    assert process.stdout.readline() == "held\n"
-    with process:
-        yield process
-        process.kill()
-
-
-def test_the_second_is_refused_with_who_holds_it(tmp_path, holder):
-    who = f"another process (PID {holder.pid} on {socket.gethostname()!r}, since 2"
-    with pytest.raises(UserError, match=re.escape(f"runs/a: {who}")), files.hold_lock(tmp_path / "lock", "runs/a"):
-        pytest.fail("both hold it")
-
-
-def test_a_killed_holder_leaves_no_lock(tmp_path, holder):
-    """Who waits is told of it once, and goes on when the holder ends."""
+def test_a_killed_holder_leaves_no_lock(tmp_path):
+    """A second process is refused with who holds it; who waits is told of it once, and goes on when the holder ends."""
     lines: list[str] = []
-    threading.Timer(0.2, holder.kill).start()
-    with files.hold_lock(tmp_path / "lock", "the token cache", on_wait=lines.append):
-        assert files.describe_holder(tmp_path / "lock").startswith(f"another process (PID {os.getpid()} ")
+    with start(HOLD, tmp_path / "lock") as holder:
+        assert holder.stdout.readline() == "held\n"
+        who = f"another process (PID {holder.pid} on {socket.gethostname()!r}, since 2"
+        with pytest.raises(UserError, match=re.escape(f"runs/a: {who}")), files.hold_lock(tmp_path / "lock", "runs/a"):
+            pytest.fail("both hold it")
+        threading.Timer(0.2, holder.kill).start()
+        with files.hold_lock(tmp_path / "lock", "the token cache", on_wait=lines.append):
+            assert files.describe_holder(tmp_path / "lock").startswith(f"another process (PID {os.getpid()} ")
     (line,) = lines
     assert line.startswith(f"waiting for another process (PID {holder.pid} on ")
     assert line.endswith("is using the token cache")

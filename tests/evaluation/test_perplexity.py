@@ -36,10 +36,6 @@ def naive_sliding(model, documents, context, stride):
     return losses
 
 
-def naive_independent(model, documents):
-    return naive_sliding(model, documents, model.segment_length + 1, model.segment_length)
-
-
 def check(result, losses, protocol):
     assert result.protocol == protocol
     assert result.num_tokens == len(losses)
@@ -64,7 +60,7 @@ def test_sliding_window_and_independent_equal_naive_loops(context, stride, batch
     assert (result.context, result.stride) == (context, stride)
     model = make_exact(context)
     result = evaluation.evaluate_independent(model, SPLIT, batch_size=batch_size)
-    check(result, naive_independent(model, DOCUMENTS), "independent")
+    check(result, naive_sliding(model, DOCUMENTS, context + 1, context), "independent")
     assert (result.context, result.stride, result.num_tokens) == (context, context, NUM_SCORED)
 
 
@@ -91,7 +87,7 @@ def test_bits_a_byte_and_word_perplexity_rest_on_the_raw_text():
     model = make_exact()
     documents = make_documents([9, 5, 1])  # the last one has nothing to score and doesn't count
     result = evaluation.evaluate_independent(model, make_split(documents, texts), batch_size=2)
-    total = sum(naive_independent(model, documents))
+    total = sum(naive_sliding(model, documents, model.segment_length + 1, model.segment_length))
     assert (result.num_documents, result.num_bytes, result.num_words) == (2, 17 + 12, 3 + 4)
     assert result.bits_per_byte == pytest.approx(total / math.log(2) / 29, rel=1e-9)
     assert result.word_perplexity == pytest.approx(math.exp(total / 7), rel=1e-9)
@@ -128,7 +124,9 @@ PROTOCOLS = [
 
 
 @pytest.mark.parametrize("evaluate", PROTOCOLS)
-def test_max_tokens_keeps_whole_documents_but_cuts_an_only_one_whose_bytes_are_then_unknown(evaluate):
+def test_what_is_scored_and_what_is_not(evaluate):
+    """At a limit whole documents, of an only one its beginning, whose bytes are unknown; nothing and NaN are told."""
+
     def read(documents, **options):
         return evaluate(make_exact(), make_split(documents), batch_size=4, **options)
 
@@ -140,6 +138,13 @@ def test_max_tokens_keeps_whole_documents_but_cuts_an_only_one_whose_bytes_are_t
     assert (cut.num_tokens, cut.num_documents) == (20, 1)
     assert cut.num_bytes is cut.num_words is cut.bits_per_byte is cut.word_perplexity is None
     assert cut.perplexity == pytest.approx(read([DOCUMENTS[0][:21]]).perplexity, rel=1e-9)
+    for documents in ([], [[3]], [[], [1]]):
+        with pytest.raises(UserError, match="nothing to score"):
+            read(documents)
+    for value in (math.nan, 1e9):
+        model = make_exact()
+        model.embed_out.weight.data.mul_(value)
+        assert not math.isfinite(evaluate(model, SPLIT, batch_size=2).perplexity)
 
 
 @pytest.mark.parametrize("evaluate", PROTOCOLS)
@@ -165,17 +170,6 @@ def test_modes_and_held_memory_come_back_and_progress_is_told(evaluate):
     assert told[-1] == (NUM_SCORED, NUM_SCORED)
     assert told == sorted(told)
     assert entered == [True]
-
-
-@pytest.mark.parametrize("evaluate", PROTOCOLS)
-def test_nothing_to_score_is_refused_and_a_diverged_model_reported(evaluate):
-    for documents in ([], [[3]], [[], [1]]):
-        with pytest.raises(UserError, match="nothing to score"):
-            evaluate(make_exact(), make_split(documents), batch_size=2)
-    for value in (math.nan, 1e9):
-        model = make_exact()
-        model.embed_out.weight.data.mul_(value)
-        assert not math.isfinite(evaluate(model, SPLIT, batch_size=2).perplexity)
 
 
 def test_positions_equal_a_naive_loop():
@@ -237,52 +231,35 @@ def test_a_stopped_measurement_is_partial_and_says_so(evaluate):
     assert math.isfinite(stopped.perplexity)
 
 
-PREFIX = 4
-
-
-def list_harness_windows(tokens, prefix, max_length):
-    """(input, scored) of the harness's rolling windows: a context of one token, disjoint scores."""
-    windows, predicted = [], 0
-    while predicted < len(tokens):
-        count = min(max_length, len(tokens) - predicted)
-        end = predicted + count
-        read = tokens[end - max_length - 1 : end - 1] if predicted else [prefix, *tokens[: count - 1]]
-        windows.append((read, tokens[predicted:end]))
-        predicted = end
-    return windows
-
-
 @pytest.mark.parametrize("context", [1, 7, 24, 200])
 def test_rolling_scores_every_token_in_the_harness_s_windows(context):
-    model = make_exact()
-    losses = []
+    model, prefix, losses = make_exact(), 4, []
     for document in DOCUMENTS:
-        for read, scored in list_harness_windows(document, PREFIX, context):
-            losses += read_naively(model, [*read, scored[-1]])[-len(scored) :]
-    result = evaluation.evaluate_rolling(model, SPLIT, context=context, prefix_token=PREFIX, batch_size=5)
+        for begin in range(0, len(document), context):  # disjoint scores, before each a context of at least one token
+            end = min(begin + context, len(document))
+            window = document[end - context - 1 : end] if begin else [prefix, *document[:end]]
+            losses += read_naively(model, window)[begin - end :]
+    result = evaluation.evaluate_rolling(model, SPLIT, context=context, prefix_token=prefix, batch_size=5)
     assert result.num_tokens == result.num_planned == sum(map(len, DOCUMENTS))
     assert result.perplexity == pytest.approx(math.exp(np.mean(losses)), rel=1e-9)
     assert result.bits_per_byte == pytest.approx(sum(losses) / math.log(2) / SPLIT.num_bytes.sum(), rel=1e-9)
-    assert (result.protocol, result.context, result.prefix_token) == ("rolling", context, PREFIX)
+    assert (result.protocol, result.context, result.prefix_token) == ("rolling", context, prefix)
 
 
 @pytest.mark.parametrize(
     ("freedom", "confidence", "quantile"),
     [(2, 0.95, 4.303), (4, 0.99, 4.604), (10, 0.9, 1.812), (120, 0.95, 1.980)],
 )
-def test_the_t_interval_has_the_printed_quantiles(freedom, confidence, quantile):
-    """Of Student's distribution, from printed tables."""
+def test_the_intervals_of_student_and_of_wilson_have_the_printed_quantiles(freedom, confidence, quantile):
+    """Student's from printed tables."""
     values = np.random.default_rng(freedom).normal(size=freedom + 1)
     low, high = find_t_interval(values, confidence)
     half = quantile * values.std(ddof=1) / np.sqrt(len(values))
     assert (high - low) / 2 == pytest.approx(half, rel=4e-4)
     assert (high + low) / 2 == pytest.approx(values.mean())
-    assert find_t_interval([3.0], 0.95) == find_t_interval([3.0, 4.0], 0.95) == (None, None)
-
-
-def test_wilson_interval():
     for hits, expected in ((10, (0.2993, 0.7007)), (0, (0, 0.1611)), (20, (0.8389, 1))):
         assert find_share_interval(hits, 20, 0.95) == pytest.approx(expected, abs=1e-4)
+    assert find_t_interval([3.0], 0.95) == find_t_interval([3.0, 4.0], 0.95) == (None, None)
 
 
 def make_losses(seed_spread, document_spread, effect, draw, seeds=5, documents=8):

@@ -97,7 +97,7 @@ def measure(model, split=SPLIT, **options):
     return Recall().run(Subject(model, TOKENIZER, split, config))
 
 
-def test_a_perfect_memory_finds_everything_and_its_control_nothing():
+def test_a_perfect_memory_finds_everything_its_control_nothing_and_a_short_one_what_is_near():
     model = Copier()
     result = measure(model)
     cells = {(cell["task"], cell["length"], cell["depth"]): cell for cell in result["cells"]}
@@ -111,9 +111,6 @@ def test_a_perfect_memory_finds_everything_and_its_control_nothing():
     assert (result["is_complete"], result["notes"]) == (True, [])
     assert result["num_tokens"] == 3 * 3 * 2 * (1 + 2 + 4) * SEGMENT
     assert model.held == ["not to be touched"]
-
-
-def test_a_short_memory_finds_what_is_near():
     for cell in measure(Copier(num_segments=1), lengths=(3, 6), depths=(0, 1))["cells"]:
         near = cell["depth"] == 1
         assert cell["mean_distance"] == (1 if near else cell["length"] - 1)

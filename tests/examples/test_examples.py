@@ -65,9 +65,13 @@ def test_a_script_runs(name, addresses, tmp_path, monkeypatch, capsys):
         assert (tmp_path / file).exists(), file
 
 
-def test_scripts_and_notebooks_are_all_tested():
+def test_scripts_and_notebooks_are_all_tested_and_the_layer_of_the_how_to_is_that_of_the_example():
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(SCRIPTS)
     assert len(list(EXAMPLES.glob("*.ipynb"))) == 2
+    page = (EXAMPLES.parent / "docs" / "how-to" / "own-layer.md").read_text(encoding="utf-8")
+    code = re.search(r"^@dataclass.*?(?=^```)", page, re.MULTILINE | re.DOTALL)
+    assert code
+    assert code[0].strip() in (EXAMPLES / "own_layer.py").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.ipynb")), ids=lambda path: path.name)
@@ -82,10 +86,3 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch):
             assert not cell["outputs"]
             assert not re.search(r"^[%!]", source, re.MULTILINE)
             exec(compile(source, f"{path.name}, cell {number}", "exec"), names)
-
-
-def test_the_layer_of_the_how_to_is_the_layer_of_the_example():
-    page = (EXAMPLES.parent / "docs" / "how-to" / "own-layer.md").read_text(encoding="utf-8")
-    code = re.search(r"^@dataclass.*?(?=^```)", page, re.MULTILINE | re.DOTALL)
-    assert code
-    assert code[0].strip() in (EXAMPLES / "own_layer.py").read_text(encoding="utf-8")

@@ -277,7 +277,7 @@ def test_a_link_to_a_run_is_the_same_run_and_leftovers_of_a_killed_process_go(ti
                 pytest.fail("it is held twice")
 
 
-def test_the_tokenizer_is_beside_the_model_or_above(untrained_run, tmp_path):
+def test_the_tokenizer_is_beside_the_model_or_above_and_must_fit(untrained_run, tmp_path):
     for place in (untrained_run / "infini", untrained_run / "infini" / "best"):
         model, found = load_run_model(place)
         assert json.loads(found.to_str()) == json.loads((untrained_run / "tokenizer.json").read_text())
@@ -285,9 +285,6 @@ def test_the_tokenizer_is_beside_the_model_or_above(untrained_run, tmp_path):
     found.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match=r"no tokenizer.json here or in the 2 folders above"):
         load_run_model(tmp_path / "a" / "b" / "c")
-
-
-def test_a_tokenizer_that_does_not_fit(untrained_run, tmp_path):
     shutil.copytree(untrained_run / "infini", tmp_path / "infini")
     train_tokenizer(SPEECHES, 600).save(str(tmp_path / "infini" / "tokenizer.json"))
     with pytest.raises(UserError, match=r"has ids up to 599; the model in .* knows up to 383"):

@@ -26,7 +26,7 @@ from new_llm.config.loading import read_settings
 from new_llm.config.train import ClusterConfig
 from new_llm.experiments import study as study_module
 from new_llm.experiments.config import StudyConfig
-from new_llm.experiments.run_folder import write_json
+from new_llm.experiments.run_folder import read_json, write_json
 from new_llm.experiments.study_jobs import LOGS_FOLDER, Cell, Pool, StudyProgress, open_pool
 from new_llm.experiments.study_table import describe_study, render_markdown
 from new_llm.report.study_page import write_study_page
@@ -38,10 +38,6 @@ BITS = "validation-perplexity-streaming-bits-byte"
 VS_RESET = "Long documents: validation: vs. reset"
 
 
-def read(path: Path) -> Any:
-    return json.loads(path.read_text())
-
-
 def test_a_study_from_one_command(addresses, tmp_path, capsys):
     recall = {"tasks": ["facts"], "lengths": [2, 4], "depths": [0], "trials": 2, "num_resamples": 20}
     (two := tmp_path / "two").mkdir()
@@ -50,7 +46,7 @@ def test_a_study_from_one_command(addresses, tmp_path, capsys):
     path = write_study(tmp_path / "study.yaml", addresses, recall=recall, texts=[str(two)])
     assert main(["study", str(path)]) == 0
     folder = tmp_path / "runs" / "tiny-study"
-    summary, table = read(folder / "study.json"), (folder / "table.md").read_text()
+    summary, table = read_json(folder / "study.json"), (folder / "table.md").read_text()
     assert list(summary["variants"]) == ["reference", "no-delta", "pythia", "whole"]
     assert [code["version"] for code in summary["variants"]["no-delta"]["code"]] == [summary["code"]["version"]]
     figures = {name: entry["figures"] for name, entry in summary["variants"].items()}
@@ -75,12 +71,12 @@ def test_a_study_from_one_command(addresses, tmp_path, capsys):
     assert figures["no-delta"]["Against pythia: sliding"]["mean"] == pytest.approx(nats)
     assert "Against pythia: sliding" not in figures["pythia"]
     # What was measured afterwards is what its records say, averaged over seeds.
-    record = read(folder / "measured" / "no-delta-s1-long-validation.json")
+    record = read_json(folder / "measured" / "no-delta-s1-long-validation.json")
     relative = record["result"]["overall"]["differences"]["reset"]["relative"]["value"]
     assert figures["no-delta"][VS_RESET]["by_seed"]["1"] == pytest.approx(relative)
     assert record["subject"]["seed"] == 1
     assert VS_RESET not in figures["pythia"]
-    records = [read(folder / "measured" / f"reference-s{seed}-recall.json")["result"]["cells"] for seed in (0, 1)]
+    records = [read_json(folder / "measured" / f"reference-s{seed}-recall.json")["result"]["cells"] for seed in (0, 1)]
     shares = [sum(cell["carried"]["exact"]["value"] for cell in cells) / len(cells) for cells in records]
     (metric,) = (name for name in figures["reference"] if name.startswith("Recall, exact: "))
     assert figures["reference"][metric]["mean"] == pytest.approx(sum(shares) / 2)
@@ -385,17 +381,15 @@ def test_what_fails_leaves_the_others(tmp_path, monkeypatch, error, jobs, execut
     assert line.startswith(f"no-delta-s0: {message}; see ")
 
 
-@pytest.mark.parametrize(
-    ("absent", "cluster", "message"), [(True, "local", "pip install new-llm[cluster]"), (False, "slurm", "slurm")]
-)
-def test_no_cluster_is_one_line(addresses, tmp_path, monkeypatch, capsys, absent, cluster, message):
-    if absent:
-        monkeypatch.setitem(sys.modules, "submitit", None)
+def test_no_cluster_is_one_line(addresses, tmp_path, monkeypatch, capsys):
+    path = write_study(tmp_path / "study.yaml", addresses)
     monkeypatch.setenv("PATH", "")
-    assert main(["study", str(write_study(tmp_path / "study.yaml", addresses)), "--cluster", cluster]) == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("new-llm: --cluster")
-    assert message in last
+    for words in ("slurm", "pip install new-llm[cluster]"):
+        assert main(["study", str(path), "--cluster", "slurm"]) == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith("new-llm: --cluster")
+        assert words in last
+        monkeypatch.setitem(sys.modules, "submitit", None)  # then as if it were not installed
 
 
 def test_one_view_shows_all_runs_in_60_columns(tmp_path):

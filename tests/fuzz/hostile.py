@@ -44,7 +44,6 @@ def grow(name: str, size: int = 10 << 30) -> Change:
 
 
 def put(make: Callable[[Path], Any], name: str) -> Change:
-
     def change(folder: Path) -> None:
         (folder / name).unlink()
         make(folder / name)

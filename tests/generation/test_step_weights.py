@@ -30,6 +30,7 @@ def make_weights(model: TransformerLM, num_rows: int = 1) -> DecodingWeights:
     return DecodingWeights(model, num_rows=num_rows, packs=True)
 
 
+@torch.no_grad()
 def read_by_steps(model: TransformerLM, ids: Tensor, mask: Tensor | None = None, first: int = 1) -> Tensor:
     """Logits of a stream that is fed `first` tokens and then one at a time."""
     stream = model.open_stream(len(ids))
@@ -88,11 +89,6 @@ def test_generation_takes_the_compiled_step_and_says_what_it_says_without(num_ro
     assert torch.equal(found, without)
 
 
-def read(model: TransformerLM) -> Tensor:
-    with torch.no_grad():
-        return read_by_steps(model, text_ids(1, 9))
-
-
 class Doubling(PythiaLayer):
     def step(self, *arguments):
         hidden, opened = super().step(*arguments)
@@ -114,16 +110,16 @@ def test_a_layer_that_is_changed_keeps_its_step_and_weights_are_read_in_place(ch
     weights = make_weights(model)
     model.layers[1].mlp.dense_h_to_4h.weight.data.mul_(-1)
     with weights.in_use():
-        found = read(model)
+        found = read_by_steps(model, text_ids(1, 9))
     assert len(calls) == 9  # of the other layer
-    torch.testing.assert_close(found, read(model), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, read_by_steps(model, text_ids(1, 9)), atol=1e-5, rtol=1e-5)
 
 
 def test_autocast_and_gradients_run_the_layers_own_step(calls):
     model = build_model(STACKS["pythia"], dtype=torch.float32)
     with make_weights(model).in_use():
         with torch.autocast("cpu", torch.bfloat16):
-            assert read(model).dtype == torch.bfloat16
+            assert read_by_steps(model, text_ids(1, 9)).dtype == torch.bfloat16
         loss, _ = model.compute_loss(text_ids(1, 5), text_ids(1, 5))
         loss.backward()
     assert not calls

@@ -45,7 +45,7 @@ def test_save_and_load_bit_for_bit(tmp_path, kind, dtype):
         assert torch.equal(loaded(ids, use_cache=False).logits, model.eval()(ids))
 
 
-def test_layers_of_another_make_are_saved_and_loaded(tmp_path):
+def test_layers_of_another_make_are_saved_and_loaded_and_missing_weights_refused(tmp_path):
     @register_layer("doubled", options=InfiniOptions)
     class DoubledLayer(InfiniLayer):
         def __init__(self, hidden_size: int, factor: float = 2.0, **options) -> None:
@@ -63,17 +63,13 @@ def test_layers_of_another_make_are_saved_and_loaded(tmp_path):
     ids = text_ids(2, 12)
     expected, _ = model.generate(ids, max_new_tokens=7)
     assert torch.equal(loaded.generate(input_ids=ids, max_new_tokens=7, do_sample=False), expected)
-    LAYER_KINDS.pop("doubled")
-    with pytest.raises(UserError, match=r"unknown layer kind 'doubled'; known are .*pythia"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
-
-
-def test_a_folder_without_some_weights_is_refused(tmp_path):
-    NewLLMForCausalLM.from_model(make_model()).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["model.layers.0.attention.gate"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"weights are missing: model\.layers\.0\.attention\.gate"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    LAYER_KINDS.pop("doubled")
+    with pytest.raises(UserError, match=r"unknown layer kind 'doubled'; known are .*pythia"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
@@ -260,7 +256,7 @@ def test_beams_with_the_cache_equal_beams_without(name, side):
     assert torch.equal(found[0][2, 13:], alone[0, 9:])
 
 
-def test_a_cache_is_read_on_copied_and_selected():
+def test_a_cache_is_read_on_copied_and_selected_and_what_it_can_not_do_is_refused():
     hf = wrap("mixed")
     ids = text_ids(3, 23)
     with torch.no_grad():
@@ -281,6 +277,12 @@ def test_a_cache_is_read_on_copied_and_selected():
             copied.crop(3)
         copied.reset()
         assert copied.get_seq_length() == 0
+        with pytest.raises(ValueError, match="leave out past_key_values"):
+            hf(ids, past_key_values=copied, update_memory=True)
+    with pytest.raises(ValueError, match="stateful"):
+        hf.generate(input_ids=ids, max_new_tokens=4, prompt_lookup_num_tokens=2, **GREEDY)
+    with pytest.raises(ValueError, match="output_attentions: not supported"):
+        hf(ids, output_attentions=True)
 
 
 def test_a_row_whose_next_columns_are_all_padding_goes_on_from_its_last_token():
@@ -294,17 +296,6 @@ def test_a_row_whose_next_columns_are_all_padding_goes_on_from_its_last_token():
         pieces = hf(ids[order, 6:], attention_mask=mask[order], past_key_values=cache).logits[:, -1]
     torch.testing.assert_close(pieces, whole[order], atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(whole[2], hf.model(ids[2:, :3]).detach()[0, -1], atol=1e-9, rtol=1e-9)
-
-
-def test_what_a_memory_can_not_do_is_refused():
-    hf = wrap("mixed")
-    ids = text_ids(1, 8)
-    with pytest.raises(ValueError, match="stateful"):
-        hf.generate(input_ids=ids, max_new_tokens=4, prompt_lookup_num_tokens=2, **GREEDY)
-    with pytest.raises(ValueError, match="output_attentions: not supported"):
-        hf(ids, output_attentions=True)
-    with torch.no_grad(), pytest.raises(ValueError, match="leave out past_key_values"):
-        hf(ids, past_key_values=StreamCache(hf.model, 1), update_memory=True)
 
 
 # `new-llm export`: a run's model for Hugging Face's tools, with a card of the run's figures

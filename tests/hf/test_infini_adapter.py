@@ -74,6 +74,7 @@ def test_alpha_of_one_layer_is_a_number_and_of_several_a_dictionary():
 
 
 def test_alpha_trains_with_the_gates_and_the_base_not_at_all():
+    """At α = 0 α alone has a gradient, and with a zero projection the projection alone."""
     model = make_adapted(layers=(0, 1), num_memory_banks=2)
     train = TrainConfig(gate_learning_rate=0.02)
     groups = {group["name"]: group for group in group_parameters(model, train)}
@@ -86,8 +87,6 @@ def test_alpha_trains_with_the_gates_and_the_base_not_at_all():
     assert sum(len(group["params"]) for group in groups.values()) == len(adapter)
     assert set(base) == set(make_base().state_dict())
 
-
-def test_at_alpha_0_alpha_alone_has_a_gradient_and_with_a_zero_projection_the_projection_alone():
     def find_moved(model: TransformerLM) -> set[str]:
         model.compute_loss(IDS, IDS)[0].backward()
         named = model.layers[0].named_parameters()

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, PreTr
 
 from new_llm.cli.main import main
 from new_llm.models.hf import export_auto
-from tiny import make_model, refuse, run_python
+from tiny import make_model, run_python
 
 needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
 QUESTIONS = [
@@ -43,13 +43,6 @@ generation_kwargs: {until: ["@@"], max_gen_toks: 6, do_sample: false}
 metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """,
 }
-
-
-def test_without_the_harness_one_line_says_how_to_get_it(monkeypatch, capsys):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else find(name))
-    line = refuse(capsys, "lm-eval", "--tasks", "x")
-    assert line == "new-llm: lm-evaluation-harness is not installed: pip install 'new-llm[lm-eval]'"
 
 
 @needs_harness
@@ -121,10 +114,17 @@ def checkpoint(shared_data, tmp_path_factory):
     return folder
 
 
-def read_with_hugging_face(checkpoint, text: str, max_tokens: int | None) -> tuple[float, int]:
-    """The guide's loop: windows of CONTEXT every STRIDE tokens, each token scored in the first that reaches it."""
+@pytest.mark.parametrize("max_tokens", [3_000, pytest.param(None, marks=pytest.mark.slow)])
+def test_sliding_window_perplexity_equals_hugging_face_s(shared_data, checkpoint, tmp_path, max_tokens):
+    path = shared_data / "wikitext-2" / "wiki.test.raw"
+    out = tmp_path / "out.json"
+    flags = ["--run", str(checkpoint), "--data.source", str(path), "--context", str(CONTEXT), "--stride", str(STRIDE)]
+    limit = [] if max_tokens is None else ["--max-tokens", str(max_tokens)]
+    assert main(["evaluate-wikitext", *flags, *limit, "--out", str(out)]) == 0
+    record = json.loads(out.read_text())
+    # The guide's loop: windows of CONTEXT every STRIDE tokens, each token scored in the first that reaches it.
     model = GPTNeoXForCausalLM.from_pretrained(checkpoint).eval()
-    ids = Tokenizer.from_file(str(checkpoint / "tokenizer.json")).encode(text).ids
+    ids = Tokenizer.from_file(str(checkpoint / "tokenizer.json")).encode(path.read_text(encoding="utf-8")).ids
     ids = torch.tensor([ids if max_tokens is None else ids[: max_tokens + 1]])
     total, count, previous_end = 0.0, 0, 0
     for begin in range(0, ids.shape[1], STRIDE):
@@ -139,18 +139,6 @@ def read_with_hugging_face(checkpoint, text: str, max_tokens: int | None) -> tup
         previous_end = end
         if end == ids.shape[1]:
             break
-    return total, count
-
-
-@pytest.mark.parametrize("max_tokens", [3_000, pytest.param(None, marks=pytest.mark.slow)])
-def test_sliding_window_perplexity_equals_hugging_face_s(shared_data, checkpoint, tmp_path, max_tokens):
-    path = shared_data / "wikitext-2" / "wiki.test.raw"
-    out = tmp_path / "out.json"
-    flags = ["--run", str(checkpoint), "--data.source", str(path), "--context", str(CONTEXT), "--stride", str(STRIDE)]
-    limit = [] if max_tokens is None else ["--max-tokens", str(max_tokens)]
-    assert main(["evaluate-wikitext", *flags, *limit, "--out", str(out)]) == 0
-    record = json.loads(out.read_text())
-    total, count = read_with_hugging_face(checkpoint, path.read_text(encoding="utf-8"), max_tokens)
     assert record["subject"]["kind"] == "gpt_neox"
     assert record["result"]["num_tokens"] == count
     assert record["result"]["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)

@@ -322,21 +322,15 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch) -> Path:
-    """An empty cache of the hub, and no environment that switches the hub off."""
+def server(tmp_path, monkeypatch):
+    """A hub, an empty cache of it, and no environment that switches the hub off."""
     import huggingface_hub.constants
 
-    folder = tmp_path / "hub-cache"
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     hub._address_answers.cache_clear()
-    return folder
-
-
-@pytest.fixture
-def server(cache, monkeypatch):
     Hub.files, Hub.asked = {}, []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -369,8 +363,8 @@ def test_a_repository_is_downloaded_and_read_again_without_the_hub(tmp_path, ser
         load_pythia(NAME, revision="step4000")
 
 
-def test_names_without_a_hub_are_refused_in_one_line(cache, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+def test_names_without_a_hub_are_refused_in_one_line(server, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
     for name, words in (
         ("EleutherAI/pythia-70m", "EleutherAI/pythia-70m .* can't be reached: .*save_pretrained.*--format gpt_neox"),
         ("no such name", "neither a directory nor a hub name"),

@@ -135,7 +135,7 @@ def make_own(layer_type: type[OwnLayer] = OwnLayer) -> OwnLayer:
     return layer_type(16, 2, 24)
 
 
-def test_auxiliary_losses_reach_training_and_no_evaluation():
+def test_auxiliary_losses_reach_training_and_no_evaluation_and_checkpointing_draws_the_same_numbers_again():
     model, ids = TransformerLM([make_own()], 64, 4), torch.arange(10).view(1, 10)
     extra = model.layers[0].mlp.dense_4h_to_h.weight.square().mean()
     trained, statistics = model.train().compute_loss(ids, ids)
@@ -143,6 +143,12 @@ def test_auxiliary_losses_reach_training_and_no_evaluation():
     torch.testing.assert_close(trained, measured + extra)
     assert statistics.total_nll == pytest.approx(9 * measured.item(), rel=1e-6)
     torch.testing.assert_close(model.train().total_loss(ids, ids), 9 * (measured + extra))
+    model.layers[0].mlp.register_forward_hook(lambda _, __, out: torch.nn.functional.dropout(out))
+    found = []
+    for model.gradient_checkpointing in (False, True):
+        torch.manual_seed(0)
+        found.append(torch.autograd.grad(model.compute_loss(ids, ids)[0], model.embed_in.weight)[0])
+    assert torch.equal(*found)
 
 
 def test_auxiliary_losses_are_averaged_over_the_segments_of_several_passes_and_not_copied():
@@ -162,15 +168,6 @@ def test_auxiliary_losses_are_averaged_over_the_segments_of_several_passes_and_n
     torch.testing.assert_close(find_extra(ids), (parts[0] + parts[1]) / 2)
     model.train()(ids)
     copy.deepcopy(model)
-
-
-def test_checkpointing_draws_the_same_random_numbers_again():
-    model, ids, found = TransformerLM([make_own()], 64, 4).train(), torch.arange(10).view(1, 10), []
-    model.layers[0].mlp.register_forward_hook(lambda _, __, out: torch.nn.functional.dropout(out))
-    for model.gradient_checkpointing in (False, True):
-        torch.manual_seed(0)
-        found.append(torch.autograd.grad(model.compute_loss(ids, ids)[0], model.embed_in.weight)[0])
-    assert torch.equal(*found)
 
 
 @dataclass(frozen=True)

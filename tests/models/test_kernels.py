@@ -185,25 +185,18 @@ def test_a_damaged_library_is_never_loaded_and_is_compiled_again(compiled, home,
 
 
 @needs_compiler
-def test_a_library_is_compiled_once_into_a_folder_of_the_users_own(compiled, home, tmp_path, monkeypatch):
-    """In a shared cache anyone who knows the key could put a library, which would run whatever its writer likes."""
-    shared = tmp_path / "shared"
-    monkeypatch.setenv("NEW_LLM_CACHE", str(shared))
-    planted = shared / "native" / f"{native._describe_build()[0]}.so"
+@pytest.mark.parametrize("fault", ["none", "mode", "parent", "owner", "link", "file"])
+def test_a_library_is_compiled_once_into_a_folder_that_others_can_not_change(
+    compiled, home, fault, tmp_path, monkeypatch
+):
+    """Else it goes to the folder for temporary files; where nothing is safe, each process compiles its own.
+
+    In a shared cache anyone who knows the key could put a library, which would run whatever its writer likes.
+    """
+    monkeypatch.setenv("NEW_LLM_CACHE", str(tmp_path / "shared"))
+    planted = tmp_path / "shared" / "native" / f"{native._describe_build()[0]}.so"
     planted.parent.mkdir(parents=True)
     planted.write_bytes(b"no library at all")
-    native.load_library()
-    native.load_library()
-    assert len(compiled) == 1
-    assert stat.S_IMODE(home.stat().st_mode) == 0o700
-    assert [path.suffix for path in home.iterdir()] == [".so"]
-    assert list(shared.rglob("*.so")) == [planted]
-
-
-@needs_compiler
-@pytest.mark.parametrize("fault", ["mode", "parent", "owner", "link", "file"])
-def test_a_folder_that_others_could_change_is_not_used(compiled, home, fault, tmp_path, monkeypatch):
-    """Kernels go to the folder for temporary files instead; where nothing is safe, each process compiles its own."""
     if fault == "parent":
         home.parent.chmod(0o777)
     elif fault == "link":
@@ -211,7 +204,7 @@ def test_a_folder_that_others_could_change_is_not_used(compiled, home, fault, tm
         home.symlink_to(tmp_path / "target")
     elif fault == "file":
         home.touch()
-    else:
+    elif fault in ("mode", "owner"):
         home.mkdir(mode=0o755 if fault == "mode" else 0o700)
     if fault == "owner":
         mine = os.geteuid()
@@ -219,8 +212,12 @@ def test_a_folder_that_others_could_change_is_not_used(compiled, home, fault, tm
     native.load_library()
     native.load_library()
     assert len(compiled) == (2 if fault == "owner" else 1)
-    kept = [path.parent for path in tmp_path.rglob("*.so")]
-    assert kept == ([] if fault == "owner" else [tmp_path / "temporary" / f"new-llm-kernels-{os.geteuid()}"])
+    kept = [path.parent for path in tmp_path.rglob("*.so") if path != planted]
+    elsewhere = tmp_path / "temporary" / f"new-llm-kernels-{os.geteuid()}"
+    assert kept == {"owner": [], "none": [home]}.get(fault, [elsewhere])
+    if fault == "none":
+        assert stat.S_IMODE(home.stat().st_mode) == 0o700
+        assert [path.suffix for path in home.iterdir()] == [".so"]
 
 
 def test_turned_off_or_without_a_working_compiler_the_pytorch_form_stays(monkeypatch, home, caplog):

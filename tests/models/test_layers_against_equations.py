@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model_cases import DTYPES, HIDDEN_SIZE, LAYER_CASES, TOLERANCES, LayerCase, assert_near, randomize, text_ids
+from model_cases import DTYPES, HIDDEN_SIZE, LAYER_CASES, TOLERANCES, LayerCase, assert_near, draw, randomize, text_ids
 from new_llm.models.layers import InfiniLayer, ReadTokens, Segments, compressive
 
 EPSILON = 1e-6
@@ -352,16 +352,12 @@ def standardize(features: Tensor) -> Tensor:
     return F.layer_norm(features.flatten(), (features.numel(),))
 
 
-def draw_hidden(*shape: int) -> Tensor:
-    return torch.randn(*shape, HIDDEN_SIZE, generator=torch.Generator().manual_seed(5)).double()
-
-
 @pytest.mark.parametrize("case", LAYER_CASES.values(), ids=LAYER_CASES)
 def test_layer_and_its_gradients_equal_the_equations(case):
     """Seven segments of 3 tokens in one pass, then an odd piece of 2 that reads what they wrote."""
     layer = case.build().double()
     randomize(layer)
-    x, ids, head = draw_hidden(2, 23), text_ids(2, 23), draw_hidden(128)
+    x, ids, head = draw(2, 23, HIDDEN_SIZE), text_ids(2, 23), draw(128, HIDDEN_SIZE, seed=1)
     outputs, memory = [], None
     for part, length in ((slice(0, 21), 3), (slice(21, 23), 2)):
         tokens = ReadTokens(ids[:, part].unflatten(1, (-1, length)), head)
@@ -394,7 +390,7 @@ def test_a_long_segment_runs_in_chunks(dtype, monkeypatch):
     monkeypatch.setattr(compressive, "CHUNK_LENGTH", 4)
     layer = LayerCase("infini", {"num_memory_heads": 2}).build()
     randomize(layer)
-    x = draw_hidden(1, 11)
+    x = draw(1, 11, HIDDEN_SIZE)
     expected, _ = REFERENCES["infini"](layer).read_row(x[0], x[0], 11)
     with torch.no_grad():
         actual, _ = layer.to(dtype)(x[:, None].to(dtype))

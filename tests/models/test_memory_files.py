@@ -24,11 +24,6 @@ from tiny import SPEECHES, refused
 make_model = functools.partial(tiny.make_model, segment_length=8)
 
 
-def test_a_model_without_memory_has_nothing_to_save(tmp_path):
-    with pytest.raises(UserError, match="no memory layer"):
-        save_memory_file(make_model("pythia"), tmp_path / "m.safetensors")
-
-
 @pytest.mark.parametrize(
     ("layers", "num_bytes"),
     [
@@ -45,7 +40,7 @@ def test_size_on_disk(layers, num_bytes, tmp_path):
     assert num_bytes < (tmp_path / "m.safetensors").stat().st_size <= num_bytes * 1.02 + 4096
 
 
-def test_merge_refuses_what_does_not_add(tmp_path):
+def test_what_does_not_add_is_not_merged_and_a_model_without_memory_has_nothing_to_save(tmp_path):
     options = {
         "a": {"use_delta_rule": False},
         "delta": {},
@@ -67,6 +62,8 @@ def test_merge_refuses_what_does_not_add(tmp_path):
             merge_memory_files([paths["a"], paths[name]], out)
         assert not out.exists()
     assert merge_memory_files([paths["a"], paths["other"]], out, force=True).tokens_seen == 40
+    with pytest.raises(UserError, match="no memory layer"):
+        save_memory_file(make_model("pythia"), out)
 
 
 def test_tensors_are_compared_one_by_one(tmp_path):

@@ -7,7 +7,6 @@ from torch import Tensor
 from model_cases import (
     MEMORY_CASES,
     MEMORY_STACKS,
-    MIXED_STACKS,
     LayerCase,
     assert_near,
     assert_states_equal,
@@ -98,14 +97,17 @@ def test_states_of_other_layers_or_of_none_are_refused():
         assert_states_equal(model.get_memory_state(), two)
 
 
-def test_states_of_another_precision_are_taken_over():
-    wide, narrow = (get_model("mixed", dtype=dtype) for dtype in (torch.float64, torch.float32))
+def test_states_of_another_precision_are_taken_over_and_a_sum_is_as_wide_as_the_widest():
+    wide, narrow = (get_model("mixed-sums", dtype=dtype) for dtype in (torch.float64, torch.float32))
     state = fill(wide)
     narrow.set_memory_state(state)
-    for index, entry in narrow.get_memory_state().items():
+    taken = narrow.get_memory_state()
+    for index, entry in taken.items():
         for key, value in entry.items():
             if isinstance(value, Tensor) and value.is_floating_point():
                 assert torch.equal(value, state[index][key].float())
+    for states in ([state, taken], [taken, state]):
+        assert merge_memory_states(states)[0]["memories"].dtype == torch.float64
 
 
 def test_a_state_is_a_copy_and_a_failed_call_changes_nothing():
@@ -160,27 +162,6 @@ def test_shared_memory_takes_the_sum_of_the_rows_changes(name):
         assert torch.equal(together[index]["segment_counter"], alone[0][index]["segment_counter"])
 
 
-@pytest.mark.parametrize("name", MIXED_STACKS)
-def test_reset_rows_empties_those_rows_alone(name):
-    model, ids = get_model(name), text_ids(3, 7)
-    filled = fill(model, 3)
-    with torch.no_grad():
-        before = model(ids)
-        model.reset_rows(torch.tensor([False, False, False]))
-        assert_states_equal(model.get_memory_state(), filled)
-        model.reset_rows(torch.tensor([False, True, False]))
-        after = model(ids)
-        state = model.get_memory_state()
-        model.reset_memory(3)
-        empty = model(ids)
-    for value, old in zip(list_tensors(state), list_tensors(filled), strict=True):
-        assert torch.equal(value[[0, 2]], old[[0, 2]])
-        assert not value[1].any()
-    assert torch.equal(after[[0, 2]], before[[0, 2]])
-    assert_near(after[1], empty[1], 1e-12)
-    assert not torch.allclose(after[1], before[1])
-
-
 def test_reset_and_fresh_memory_and_rows_that_do_not_fit():
     model, ids = get_model("mixed"), text_ids(2, 7)
     with torch.no_grad():
@@ -223,15 +204,6 @@ def test_two_halves_merge_into_one_batch_of_both(name):
     assert_states_near(merged, fill(model, ids=ids), 1e-6)
     model.set_memory_state(merged)
     assert_states_equal(model.get_memory_state(), merged)
-
-
-def test_a_sum_is_as_wide_as_the_widest_memory():
-    wide = fill(get_model("infini-sum", dtype=torch.float32), ids=text_ids(1, 13))
-    narrow = {
-        0: {key: v.half() if isinstance(v, Tensor) and v.is_floating_point() else v for key, v in wide[0].items()}
-    }
-    for states in ([wide, narrow], [narrow, wide]):
-        assert merge_memory_states(states)[0]["memories"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("rows", [1, 2])

@@ -26,14 +26,11 @@ def test_saving_again_replaces_the_model_by_equal_bytes(tmp_path):
     for name in ("model.json", "model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
 
-
-def test_a_layer_that_could_not_be_loaded_is_not_saved(tmp_path):
     class OwnLayer(PythiaLayer):
         kind = "own"
 
-    model = TransformerLM([OwnLayer(16, 2, 24)], vocab_size=128)
-    with pytest.raises(ValueError, match=r"layer 0: OwnLayer is not registered"):
-        save_model(model, tmp_path / "model")
+    with pytest.raises(ValueError, match=r"layer 0: OwnLayer is not registered"):  # it could not be loaded
+        save_model(TransformerLM([OwnLayer(16, 2, 24)], vocab_size=128), tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 

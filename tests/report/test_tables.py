@@ -34,15 +34,12 @@ def rank(results: dict[str, Any], *perplexities: float | None) -> str:
     return compare(results)
 
 
-def test_the_headline_names_the_best_and_by_how_much(four_models):
+def test_the_headline_names_the_best_and_by_how_much_and_claims_no_more_than_was_measured(four_models):
     best = "has the lowest sliding-window perplexity: "
     assert rank(four_models, 80.0, 78.0, 76.0).startswith(
         f"multi_memory {best}76.00, 2.6% below infini (78.00) and 5.0% below pythia (80.00)."
     )
     assert rank(four_models, 80.0, 84.0).startswith(f"pythia {best}80.00, 4.8% below infini (84.00).")
-
-
-def test_the_headline_claims_no_more_than_was_measured(four_models):
     assert "have the same sliding-window perplexity" in rank(four_models, 80.0, 80.01)
     assert "There is only one model, and nothing to compare it with." in rank(four_models, 80.0)
     assert rank(four_models, None, float("nan")) == "No model has a finite figure for sliding-window perplexity."
@@ -218,7 +215,11 @@ def test_every_model_is_a_row_and_no_word_is_cut(four_models, width):
     assert " has the lowest sliding-window perplexity: " in text
 
 
-def test_only_the_best_of_a_figure_is_marked(results):
+def test_only_the_best_of_a_figure_is_marked_and_seeds_are_a_mean_that_says_each(results):
+    summary = find_summary(*(make_seed(results, seed, {"infini": 1.0 + seed}) for seed in (0, 1)))
+    (cell,) = find_column(summary, "Validation perplexity", "sliding")
+    assert cell.text == "114.0"
+    assert cell.hint == "2 seeds: 76.00, 152.0; standard deviation 53.7"
     for entry, share in zip(results["models"], (0.1, 0.2), strict=True):
         entry["evaluation"]["reversal"]["backward_accuracy"] = share
     summary = find_summary(results)
@@ -228,13 +229,6 @@ def test_only_the_best_of_a_figure_is_marked(results):
     assert not any(cell.is_best for _, _, cells in find_summary(results, mark_best=False).rows for cell in cells)
     results["models"] = results["models"][:1]
     assert not any(cell.is_best for _, _, cells in find_summary(results).rows for cell in cells)
-
-
-def test_seeds_are_a_mean_that_says_each(results):
-    summary = find_summary(*(make_seed(results, seed, {"infini": 1.0 + seed}) for seed in (0, 1)))
-    (cell,) = find_column(summary, "Validation perplexity", "sliding")
-    assert cell.text == "114.0"
-    assert cell.hint == "2 seeds: 76.00, 152.0; standard deviation 53.7"
 
 
 def test_names_are_no_markup_and_drive_no_terminal(results):
@@ -341,16 +335,13 @@ def test_rows_that_can_t_be_drawn_are_left_out_and_stay_in_the_table(value):
         assert chart.rows == rows
 
 
-def test_a_logarithmic_axis_holds_positive_numbers_alone():
+def test_a_logarithmic_axis_holds_positive_numbers_alone_and_seeds_become_their_mean_and_a_band():
     rows = [{"step": step, "loss": loss, "model": "a"} for step, loss in enumerate((-1.0, 0, 3.0))]
     assert [point["y"] for point in read_values(make_lines(rows, y_log=True))] == [3.0]
     assert len(read_values(make_lines(rows))) == 3
     assert make_lines(rows).other is None
     linear, logarithmic = make_lines(rows[2:]), make_lines(rows[2:], y_log=True)
     assert (linear.other, logarithmic.other) == (logarithmic.spec, linear.spec)
-
-
-def test_seeds_of_a_model_become_their_mean_and_a_band():
     rows = [{"step": step, "loss": loss, "model": "a"} for loss in (2.0, 4.0) for step in (1, 2)]
     rows.append({"step": 3, "loss": 5.0, "model": "a"})  # only one seed reached it
     drawn = [(point["x"], point["y"], point.get("low"), point.get("high")) for point in read_values(make_lines(rows))]

@@ -41,6 +41,13 @@ def test_the_newest_are_kept_and_the_last_is_found(tmp_path):
     assert [write(tmp_path, 10**11, keep=1)] == list_checkpoints(tmp_path)
     checkpoint.remove_checkpoints(tmp_path)
     assert list(tmp_path.iterdir()) == []
+    # Training that went on from an older one replaces the damaged newer ones.
+    before = write(tmp_path, 3)
+    flip(write(tmp_path, 6) / "weights")
+    assert write(tmp_path, 4) in list_checkpoints(tmp_path)
+    assert names(tmp_path) == [checkpoint.CHECKPOINT_NAME.format(4, 0), before.name]
+    flip(write(tmp_path, 6) / "weights")
+    assert write(tmp_path, 6) == find_checkpoint(tmp_path, pytest.fail)
 
 
 @pytest.mark.parametrize(
@@ -63,15 +70,6 @@ def test_a_damaged_last_one_is_named_and_the_one_before_is_taken(tmp_path, damag
         find_checkpoint(tmp_path, pytest.fail)
     assert str(error.value).startswith(f"{tmp_path / checkpoint.CHECKPOINTS_FOLDER}: every checkpoint is damaged: ")
     assert str(error.value).count(words) == 2
-
-
-def test_training_that_went_on_from_an_older_one_replaces_the_damaged_newer_ones(tmp_path):
-    before = write(tmp_path, 3)
-    flip(write(tmp_path, 6) / "weights")
-    assert write(tmp_path, 4) in list_checkpoints(tmp_path)
-    assert names(tmp_path) == [checkpoint.CHECKPOINT_NAME.format(4, 0), before.name]
-    flip(write(tmp_path, 6) / "weights")
-    assert write(tmp_path, 6) == find_checkpoint(tmp_path, pytest.fail)
 
 
 def test_all_random_generators_go_on_where_they_were(tmp_path):
