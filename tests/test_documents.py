@@ -178,7 +178,7 @@ def test_yaml_blocks_are_configurations(page):
         assert settings_from_dict(yaml.safe_load(block), ExperimentConfig, name_page(page)).models
 
 
-def test_every_equation_names_what_implements_it():
+def test_every_equation_names_what_implements_it_and_every_row_of_the_audit_a_test():
     rows = re.findall(r"^\| .* \|$", (ROOT / "docs" / "mathematics.md").read_text(encoding="utf-8"), re.MULTILINE)[1:]
     assert len(rows) >= 12
     for row in rows:
@@ -187,6 +187,13 @@ def test_every_equation_names_what_implements_it():
         for name, path in links:
             assert callable(pkgutil.resolve_name(path))
             assert path.endswith(f".{name}")
+    text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| what ")]
+    assert len(rows) >= 15
+    for row in rows:
+        assert re.search(r"`tests/[\w/]+\.py::test_\w+` \|$", row), row
+        for module in re.findall(r"`([a-z_/]+\.py)`", row):
+            assert (ROOT / "src" / "new_llm" / module).is_file(), module
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "docs/images/life-of-a-batch.svg"], ids=name_page)
@@ -233,16 +240,6 @@ def test_project_files_agree_with_the_project():
     copied = set(" ".join(re.findall(r"^COPY (.*) \S+$", read("Dockerfile"), re.MULTILINE)).split())
     assert copied == kept
     assert all((ROOT / name).exists() for name in copied)
-
-
-def test_every_row_of_the_audit_names_a_test_and_modules_that_exist():
-    text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
-    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| what ")]
-    assert len(rows) >= 15
-    for row in rows:
-        assert re.search(r"`tests/[\w/]+\.py::test_\w+` \|$", row), row
-        for module in re.findall(r"`([a-z_/]+\.py)`", row):
-            assert (ROOT / "src" / "new_llm" / module).is_file(), module
 
 
 @pytest.mark.skipif(importlib.util.find_spec("zensical") is None, reason="needs the extra docs (make docs)")

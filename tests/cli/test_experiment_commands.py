@@ -186,7 +186,7 @@ def write_run(folder, perplexity: float, seed: int = 0, model: str = "infini"):
     return folder
 
 
-def test_a_run_s_report_is_written_again_with_evaluations_made_since(tmp_path, capsys):
+def test_a_run_s_report_is_written_again_with_new_evaluations_and_runs_are_compared(tmp_path, capsys, monkeypatch):
     run = write_run(tmp_path / "runs" / "a", 80.0)
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out == f"report: {run / 'report.html'}\n"
@@ -202,8 +202,6 @@ def test_a_run_s_report_is_written_again_with_evaluations_made_since(tmp_path, c
     assert "streaming perplexity 123.46: normal" in second
     assert "book.txt" in second
 
-
-def test_runs_are_compared(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs = [write_run(tmp_path / f"i{seed}", 80.0 + seed, seed) for seed in range(2)]
     runs += [write_run(tmp_path / f"p{seed}", 90.0 + seed, seed, "pythia") for seed in range(2)]

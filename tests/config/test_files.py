@@ -116,13 +116,10 @@ def test_what_the_disk_refuses_names_the_file_and_what_to_do(tmp_path, write, wa
     assert message.startswith(f"{path}: ")
     assert way in message
     assert ".tmp" not in message
-
-
-def test_other_errors_stay_as_they_are(tmp_path):
     for error in (ValueError("x"), OSError(errno.ECONNRESET, "reset"), FileNotFoundError(2, "none", "elsewhere")):
         with pytest.raises(type(error)) as caught, files.name_refusals(tmp_path):
             raise error
-        assert caught.value is error
+        assert caught.value is error  # other errors stay as they are
 
 
 HOLD = (

@@ -227,21 +227,17 @@ def test_a_model_whose_logits_are_not_just_its_head_s_output_is_refused(row, pla
 
 
 @pytest.mark.parametrize("kind", ["pythia_segments", "infini", "token_memory"])
-def test_an_empty_cache_is_the_bare_model_bit_for_bit(kind):
-    model = make_tiny_model(kind, VOCAB_SIZE, SEGMENT, spread=0.5)
+def test_distributions_sum_to_one_are_what_losses_say_and_of_an_empty_cache_those_of_the_bare_model_bit_for_bit(kind):
+    bare = make_tiny_model(kind, VOCAB_SIZE, SEGMENT, spread=0.5)
     plain, cached = (
         [
             evaluation.evaluate_streaming(one, SPLIT, batch_size=3, segments_per_call=2).documents["total_nll"],
             evaluation.evaluate_sliding_window(one, SPLIT, context=12, stride=5, batch_size=3).documents["total_nll"],
         ]
-        for one in (model, evaluation.CachedModel(model, CacheConfig()))
+        for one in (bare, evaluation.CachedModel(bare, CacheConfig()))
     )
     assert plain == cached
-
-
-@pytest.mark.parametrize("kind", ["pythia_segments", "token_memory"])
-def test_its_distributions_sum_to_one_and_are_what_its_losses_say(kind):
-    model = evaluation.CachedModel(make_tiny_model(kind, VOCAB_SIZE, SEGMENT, spread=0.5), CONFIG)
+    model = evaluation.CachedModel(bare, CONFIG)
     ids = torch.tensor([DOCUMENTS[0][:30], DOCUMENTS[4][:30]])
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[1, 11:] = False

@@ -319,12 +319,6 @@ def examine_data(data, checks=("record", "batches", "documents", "spans", "rever
     return examine(make_untrained("pythia"), data, config=dataclasses.replace(CONFIG, checks=checks))
 
 
-@pytest.mark.parametrize("order", ["stream", "shuffled"])
-def test_healthy_data(order):
-    report = examine_data(make_data(order=order, shapes=(BatchShape(32, 4, None), BatchShape(8, 16, 100))))
-    assert len(list_levels(report, "ok")) == 5
-
-
 @pytest.mark.parametrize(
     ("change", "order", "words"),
     [
@@ -334,12 +328,13 @@ def test_healthy_data(order):
         (lambda batch: {"resets": batch.resets & (batch.input_ids.shape[1] > 8)}, "shuffled", "without a reset"),
     ],
 )
-def test_faults_of_batches(change, order, words, monkeypatch):
+def test_healthy_data_and_faults_of_batches(change, order, words, monkeypatch):
     def plan_changed(*arguments, **options):
         return [dataclasses.replace(batch, **change(batch)) for batch in plan_batches(*arguments, **options)]
 
-    monkeypatch.setattr(data_checks, "plan_batches", plan_changed)
     data = make_data(order=order, shapes=(BatchShape(32, 4, None), BatchShape(8, 16, None)))
+    assert len(list_levels(examine_data(data), "ok")) == 5
+    monkeypatch.setattr(data_checks, "plan_batches", plan_changed)
     check_only(examine_data(data), "fault", "batches", words)
 
 

@@ -82,7 +82,7 @@ def test_streaming_equals_one_document_at_a_time(lengths, segment_length, batch_
     assert result.perplexity == pytest.approx(math.exp(np.mean(losses)), rel=1e-9)
 
 
-def test_bits_a_byte_and_word_perplexity_rest_on_the_raw_text():
+def test_bits_a_byte_and_word_perplexity_rest_on_the_raw_text_and_unigrams_on_tokens():
     texts = ["Über die Brücke", "  two\nwords ", "one"]
     model = make_exact()
     documents = make_documents([9, 5, 1])  # the last one has nothing to score and doesn't count
@@ -91,6 +91,14 @@ def test_bits_a_byte_and_word_perplexity_rest_on_the_raw_text():
     assert (result.num_documents, result.num_bytes, result.num_words) == (2, 17 + 12, 3 + 4)
     assert result.bits_per_byte == pytest.approx(total / math.log(2) / 29, rel=1e-9)
     assert result.word_perplexity == pytest.approx(math.exp(total / 7), rel=1e-9)
+    for documents, expected in (
+        ([[*range(VOCAB_SIZE)]] * 2, VOCAB_SIZE),
+        ([[3] * 10], 1),
+        ([[3, 3, 3], [7]], 4 / 27**0.25),
+    ):
+        assert evaluation.unigram_perplexity(make_split(documents)) == pytest.approx(expected)
+    with pytest.raises(UserError, match="no token"):
+        evaluation.unigram_perplexity(make_split([]))
 
 
 @pytest.mark.parametrize(
@@ -187,17 +195,6 @@ def test_positions_equal_a_naive_loop():
         assert entry["num_tokens"] == len(losses)
         assert entry["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-6)
     json.dumps(found, allow_nan=False)
-
-
-def test_unigram_perplexity():
-    for documents, expected in (
-        ([[*range(VOCAB_SIZE)]] * 2, VOCAB_SIZE),
-        ([[3] * 10], 1),
-        ([[3, 3, 3], [7]], 4 / 27**0.25),
-    ):
-        assert evaluation.unigram_perplexity(make_split(documents)) == pytest.approx(expected)
-    with pytest.raises(UserError, match="no token"):
-        evaluation.unigram_perplexity(make_split([]))
 
 
 @pytest.mark.parametrize(

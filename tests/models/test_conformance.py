@@ -266,7 +266,7 @@ def build_xl(**options) -> TransformerLM:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_without_memory_it_is_pythia_bit_for_bit(dtype):
+def test_without_memory_it_is_pythia_bit_for_bit_and_with_one_rows_do_not_share_it(dtype):
     ids, found = text_ids(2, 19), []
     for model in (build_xl().to(dtype), build_xl(memory_tokens=0).to(dtype)):
         loss, _ = model.compute_loss(ids, ids, update_memory=True)
@@ -274,11 +274,8 @@ def test_without_memory_it_is_pythia_bit_for_bit(dtype):
         found.append((model(ids), loss, torch.cat([parameter.grad.flatten() for parameter in model.parameters()])))
         assert not model.memory_layers
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
-
-
-def test_rows_do_not_share_a_cache():
-    """One row may write into the shared memory; the sum of several rows' keys would be no one's."""
-    model, ids = build_xl(memory_tokens=7), text_ids(2, 19)
+    # One row may write into the shared memory; the sum of several rows' keys would be no one's.
+    model = build_xl(memory_tokens=7).to(dtype)
     model(ids[:1], update_memory=True)
     before = model.get_memory_state()
     with pytest.raises(ValueError, match=r"call reset_memory\(batch_size\) first"):

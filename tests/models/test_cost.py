@@ -82,14 +82,11 @@ SIZES = {
 
 
 @pytest.mark.parametrize(("sizes", "banks", "message"), SIZES.values(), ids=SIZES)
-def test_a_model_too_large_is_rejected_before_it_is_allocated(sizes, banks, message):
+def test_a_model_too_large_is_rejected_before_it_is_allocated(sizes, banks, message, monkeypatch):
     """Folders whose files ask for one are in tests/fuzz/hostile.py."""
     before = torch.get_rng_state()
     with refused(message):
         create_model("infini", make_shape(**sizes), num_memory_banks=banks)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_a_limit_of_the_process_counts(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (1 << 20, resource.RLIM_INFINITY))
-    assert read_memory_limit() == 1 << 20
+    assert read_memory_limit() == 1 << 20  # a limit of the process counts

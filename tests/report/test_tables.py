@@ -135,7 +135,7 @@ def measure_long(results: dict[str, Any], *worths: float, cache: float = 0.0) ->
             }
 
 
-def test_the_headline_says_what_the_memory_is_worth_and_against_what(results):
+def test_the_headline_says_what_the_memory_is_worth_and_against_what(results, four_models):
     measure_long(results, 0.0, -0.1)
     said = compare(results)
     assert said.startswith(
@@ -147,9 +147,6 @@ def test_the_headline_says_what_the_memory_is_worth_and_against_what(results):
     said = compare(results)
     assert "infini's memory raises perplexity by 2.0 %" in said
     assert "Against pythia with a cache of 2,000 states, which needs no training, it is 37.7 % [37.7, 37.7] ab" in said
-
-
-def test_too_few_documents_and_no_memory_are_no_answer(four_models):
     results = pick(four_models, "pythia")
     measure_long(results, 0.0)
     assert "memory" not in compare(results)
@@ -244,16 +241,13 @@ def names(*runs: dict[str, Any]) -> list[str]:
     return [one.name for one in group_series([make_run(results) for results in runs])]
 
 
-def test_models_that_differ_otherwise_are_named_by_their_runs(results):
+def test_models_that_differ_are_named_by_their_runs_and_by_what_they_take(results, four_models):
     other = copy.deepcopy(results)
     other["models"][1]["options"]["gate_init"] = 1.5
     # Pythia has no gate: it is the same model trained again.
     assert names(results, other) == ["pythia, whole", "infini, whole", "pythia, whole (2)", "infini, whole (2)"]
     other["name"] = "other"
     assert names(results, other)[2:] == ["pythia, other", "infini, other"]
-
-
-def test_differences_leave_out_what_a_model_does_not_take(four_models):
     three = pick(four_models, "pythia", "infini", "multi_memory")
     rows = dict(list_differences(group_series([make_run(three)])))
     assert rows["model.num_memories"] == ["—", "—", "4"]
