@@ -15,8 +15,9 @@ import argparse
 import dataclasses
 import itertools
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -39,29 +40,41 @@ from new_llm.models.layers.base import ReadTokens, Segments, register_layer
 from new_llm.models.layers.token_memory import TokenMemoryAttention, TokenMemoryLayer, TokenMemoryOptions
 from new_llm.models.ops import scale_to_length
 
-NUM_SAMPLES = 1500
-STEPS = 2000
-ROWS = 4  # samples per step
+
+class Stage(NamedTuple):
+    """A part of the training."""
+
+    steps: int
+    rows: int  # samples per step
+    num_samples: int
+    segments: int  # per sample
+    facts: float  # per 1,000 tokens
+
+
+STAGES = (Stage(1600, 4, 1500, 32, 4.0), Stage(600, 1, 400, 128, 1.0))  # short samples, then long ones
 LEARNING_RATE = 3e-3
 GATE_LEARNING_RATE = 1e-2
 ANSWER_WEIGHT = 10.0
-WRITE_PENALTY = 5.0  # nats per token of ordinary text that is written with strength 1
+MARGIN = 2.0  # nats by which the right answer has to lead, since what a memory holds fades
+WRITE_PENALTY = 8.0  # nats per token of ordinary text that is written with strength 1
 TEXT_SHARE = 0.2  # the share of the ordinary tokens whose loss is computed
 TEXT_WEIGHT = (0.03, 0.1, 0.4)  # from the first, at this share of the steps, to 1 at that share: first to recall at all
-PENALTY_RAMP = (0.2, 0.6)  # likewise, from 0 to WRITE_PENALTY
+PENALTY_RAMP = (0.15, 0.5)  # likewise, from 0 to WRITE_PENALTY
+MARGIN_RAMP = (0.3, 0.6)  # and from 0 to MARGIN
 RIDGE = 0.3  # added to the variances when keys are whitened, as a share of their mean
+SEGMENT = 64
 PLANTING = DataConfig(
     source="sotu",
     order="shuffled",
-    seq_length=2048,
-    segments_per_sample=32,
-    planted_facts=4,
-    planted_distance=(64, 1984),
     planted_made_up=0.75,
-    planted_tasks=("facts", "passkey", "changed"),
+    planted_tasks=("facts", "passkey", "passkey", "changed", "reworded"),  # pass keys are the hardest
 )
 RECALL = RecallConfig(
-    tasks=("facts", "passkey", "changed"), lengths=(3, 18, 258, 1026), depths=(0,), trials=24, segments_per_call=16
+    tasks=("facts", "passkey", "changed", "reworded"),
+    lengths=(3, 18, 258, 1026),
+    depths=(0,),
+    trials=24,
+    segments_per_call=16,
 )
 OPTIONS: dict[str, Any] = {
     "num_memory_heads": 2,
@@ -156,20 +169,38 @@ class FactLayer(TokenMemoryLayer):
         self.attention.initialize_features()
 
 
-def plant_samples(data: PreparedData, seed: int) -> tuple[Tensor, Tensor]:
-    """Token ids and their kinds, [NUM_SAMPLES, T + 1] each, of samples from random places of the training text."""
-    planter, generator = SamplePlanter(data.tokenizer, PLANTING, seed), np.random.default_rng(seed)
-    tokens, length = data.train.tokens, PLANTING.seq_length + 1
-    starts = generator.integers(len(tokens) - length, size=NUM_SAMPLES).tolist()
-    planted = [planter.plant(tokens[start : start + length].astype(np.int64), 0, start) for start in starts]
+def plant_samples(data: PreparedData, stage: Stage, seed: int) -> tuple[Tensor, Tensor]:
+    """Token ids and their kinds, [N, T + 1] each, of a stage's samples from random places of the training text."""
+    length = stage.segments * SEGMENT
+    distance = (SEGMENT, length - SEGMENT)
+    config = dataclasses.replace(PLANTING, planted_facts=stage.facts, planted_distance=distance)
+    planter, generator = SamplePlanter(data.tokenizer, config, seed), np.random.default_rng([seed, length])
+    tokens = data.train.tokens
+    starts = generator.integers(len(tokens) - length - 1, size=stage.num_samples).tolist()
+    planted = [planter.plant(tokens[start : start + length + 1].astype(np.int64), 0, start) for start in starts]
     ids, kinds = (torch.from_numpy(np.stack(parts)) for parts in zip(*planted, strict=True))
     return ids, kinds
 
 
 def compute_states(model: TransformerLM, ids: Tensor) -> Tensor:
-    """What the model hands to its head, [NUM_SAMPLES, T, D]; computed once, since the model does not change."""
+    """What the model hands to its head, [N, T, D]; computed once, since the model does not change."""
     with torch.inference_mode():
         return torch.cat([model.compute_hidden(rows[:, :-1]).half() for rows in ids.split(8)]).clone()
+
+
+def draw_batches(
+    model: TransformerLM, layer: FactLayer, data: PreparedData, seed: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Token ids, kinds and states of each step's samples; the first stage's states whiten the layer's keys."""
+    generator = torch.Generator().manual_seed(seed)
+    for number, stage in enumerate(STAGES):
+        ids, kinds = plant_samples(data, stage, seed)
+        states = compute_states(model, ids)
+        if not number:
+            layer.attention.whiten_keys(states[:64].float().flatten(0, 1))
+        order = [torch.randperm(len(ids), generator=generator) for _ in range(stage.steps * stage.rows // len(ids) + 1)]
+        for rows in torch.cat(order).split(stage.rows)[: stage.steps]:
+            yield ids[rows], kinds[rows], states[rows].float()
 
 
 def ramp(progress: float, begin: float, end: float) -> float:
@@ -177,34 +208,33 @@ def ramp(progress: float, begin: float, end: float) -> float:
     return min(1.0, max(0.0, (progress - begin) / (end - begin)))
 
 
-def teach(layer: FactLayer, head: Tensor, ids: Tensor, kinds: Tensor, states: Tensor, seed: int) -> None:
+def teach(model: TransformerLM, layer: FactLayer, data: PreparedData, seed: int) -> None:
     """Train the layer alone: answers in the loss with a weight, ordinary text, and how much of that is written."""
-    attention, size = layer.attention, PLANTING.seq_length // PLANTING.segments_per_sample
+    attention, head, steps = layer.attention, model.read_head_weight().detach(), sum(stage.steps for stage in STAGES)
     gates = attention.gate_parameters()
     slow = [one for one in attention.parameters() if all(one is not gate for gate in gates)]
     groups = [{"params": slow}, {"params": gates, "lr": GATE_LEARNING_RATE}]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: ramp(step, -1, 20) * (0.55 + 0.45 * float(np.cos(np.pi * step / STEPS)))
+        optimizer, lambda step: ramp(step, -1, 20) * (0.55 + 0.45 * float(np.cos(np.pi * step / steps)))
     )
-    logits: list[Tensor] = []  # of β
-    hook = attention.strength.register_forward_hook(lambda *call: logits.append(call[-1]))
+    strengths: list[Tensor] = []  # logits of β
+    hook = attention.strength.register_forward_hook(lambda *call: strengths.append(call[-1]))
     generator = torch.Generator().manual_seed(seed)
-    order = torch.cat([torch.randperm(len(ids), generator=generator) for _ in range(STEPS * ROWS // len(ids) + 1)])
     began = time.perf_counter()
-    for step in range(STEPS):
-        rows = order[step * ROWS : (step + 1) * ROWS]
-        read, targets, kind, hidden = ids[rows, :-1], ids[rows, 1:], kinds[rows, 1:], states[rows].float()
-        tokens = ReadTokens(read.unflatten(1, (-1, size)), head)
-        mixed = layer(hidden.unflatten(1, (-1, size)), None, Segments(None, write_last=False, tokens=tokens))[0]
+    for step, (ids, kinds, hidden) in enumerate(draw_batches(model, layer, data, seed)):
+        targets, kind, progress = ids[:, 1:], kinds[:, 1:], step / steps
+        tokens = ReadTokens(ids[:, :-1].unflatten(1, (-1, SEGMENT)), head)
+        mixed = layer(hidden.unflatten(1, (-1, SEGMENT)), None, Segments(None, write_last=False, tokens=tokens))[0]
         is_text = (kind == TEXT) & (torch.rand(kind.shape, generator=generator) < TEXT_SHARE)
-        answers, text = (
-            F.cross_entropy(mixed.flatten(1, 2)[chosen] @ head.T, targets[chosen], reduction="sum")
-            for chosen in (kind == ANSWER, is_text)
-        )
-        progress, (low, *text_ramp) = step / STEPS, TEXT_WEIGHT
+        chosen, margin = kind == ANSWER, MARGIN * ramp(progress, *MARGIN_RAMP)
+        logits = mixed.flatten(1, 2)[chosen] @ head.T
+        logits[range(len(logits)), targets[chosen]] -= margin
+        answers = F.cross_entropy(logits, targets[chosen], reduction="sum")
+        text = F.cross_entropy(mixed.flatten(1, 2)[is_text] @ head.T, targets[is_text], reduction="sum")
+        low, *text_ramp = TEXT_WEIGHT
         text_weight = max(low, ramp(progress, *text_ramp)) / TEXT_SHARE
-        written = torch.sigmoid(logits.pop()).flatten(1, 2)[kinds[rows, :-1] == TEXT].mean()
+        written = torch.sigmoid(strengths.pop()).flatten(1, 2)[kinds[:, :-1] == TEXT].mean()
         loss = (ANSWER_WEIGHT * answers + text_weight * text) / kind.numel()
         (loss + WRITE_PENALTY * ramp(progress, *PENALTY_RAMP) * written).backward()
         nn.utils.clip_grad_norm_(attention.parameters(), 1.0)
@@ -212,9 +242,11 @@ def teach(layer: FactLayer, head: Tensor, ids: Tensor, kinds: Tensor, states: Te
         optimizer.zero_grad()
         schedule.step()
         if (step + 1) % 100 == 0:
-            answer = float(answers) / int((kind == ANSWER).sum())
+            answer = float(answers.detach()) / max(1, len(logits))
             seconds = time.perf_counter() - began
-            print(f"step {step + 1}: answers {answer:.2f} nats, written {written:.4f}, {seconds:.0f} s", flush=True)
+            print(
+                f"step {step + 1}: answers {answer:.2f} nats, written {float(written):.5f}, {seconds:.0f} s", flush=True
+            )
     hook.remove()
 
 
@@ -230,11 +262,8 @@ def measure(run: str, seed: int) -> dict[str, Any]:
         return result.documents
 
     plain = read_plain_text()
-    ids, kinds = plant_samples(data, seed)
-    states = compute_states(model, ids)
     layer = FactLayer(model.layer_list[0].hidden_size, **OPTIONS)
-    layer.attention.whiten_keys(states[:64].float().flatten(0, 1))
-    teach(layer, model.read_head_weight().detach(), ids, kinds, states, seed)
+    teach(model, layer, data, seed)
     model.layers.append(layer)
     model.reset_memory()
     settings = EvalConfig(recall=dataclasses.replace(RECALL, seed=seed))  # other texts for each seed
