@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from new_llm.models.layers.base import Block, Segments, register_layer
+from new_llm.models.layers.base import Block, Layer, Segments, register_layer
 from new_llm.models.layers.memory_layer import ShortConvolution
 from new_llm.models.layers.pythia import SoftmaxAttention
 
@@ -22,7 +22,7 @@ class ConvolvedAttention(SoftmaxAttention):
     segment.
     """
 
-    has_step = False
+    step, end_segments = Layer.step, Layer.end_segments  # a stream runs the open segment again
 
     def __init__(self, hidden_size: int, *sizes: Any) -> None:
         super().__init__(hidden_size, *sizes)
