@@ -79,12 +79,12 @@ class Processes:
         os.environ["LOCAL_RANK"] = str(own.index)  # Accelerate reads its device from here
         return own
 
-    def slice_rows(self, num_rows: int, what: str = "train.batch_size") -> slice:
+    def slice_rows(self, num_rows: int) -> slice:
         """Return the rows of a batch that this process reads: equal contiguous shares in rank order."""
         if num_rows % self.count:
             raise UserError(
-                f"{what}: {num_rows} can't be divided among {self.count} processes; the total over all processes "
-                f"must be a multiple of {self.count}"
+                f"train.batch_size: {num_rows} can't be divided among {self.count} processes; the total over all "
+                f"processes must be a multiple of {self.count}"
             )
         own = num_rows // self.count
         return slice(self.rank * own, (self.rank + 1) * own)

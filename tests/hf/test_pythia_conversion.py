@@ -16,7 +16,8 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from model_cases import assert_near, get_model, randomize, text_ids
 from new_llm.config import PythiaConfig, UserError
-from new_llm.data import hub
+from new_llm.data import get_tokenizer, hub
+from new_llm.data.tokenizer import train_tokenizer
 from new_llm.models import TransformerLM, create_model, save_model
 from new_llm.models.hf import export_pythia, load_pythia
 from new_llm.models.layers import InfiniLayer, PythiaLayer
@@ -354,13 +355,17 @@ def test_a_repository_is_downloaded_and_read_again_without_the_hub(tmp_path, ser
     model = load_pythia(NAME, revision="step3000")
     assert torch.equal(model.embed_in.weight, weights["gpt_neox.embed_in.weight"])
     assert set(server.asked) == wanted
+    server.files["tokenizer.json"] = train_tokenizer(["a text"], 300).to_str().encode()
+    get_tokenizer(NAME, revision="step3000")
     with refused(r"EleutherAI/pythia-none could not be loaded: .+; give a directory"):
         load_pythia("EleutherAI/pythia-none")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     server.files.clear()
     assert torch.equal(load_pythia(NAME, revision="step3000").embed_in.weight, model.embed_in.weight)
-    with pytest.raises(UserError, match="pythia-tiny is not cached and"):
-        load_pythia(NAME, revision="step4000")
+    assert get_tokenizer(NAME, revision="step3000").get_vocab_size() < 300
+    for load, why in ((load_pythia, "pythia-tiny is not cached and"), (get_tokenizer, "is not cached here")):
+        with pytest.raises(UserError, match=why):
+            load(NAME, revision="step4000")
 
 
 def test_names_without_a_hub_are_refused_in_one_line(server, monkeypatch):

@@ -39,8 +39,10 @@ def find_tokenizer(config: DataConfig, *, is_hub_source: bool) -> tuple[str, Tok
     return None
 
 
-def get_tokenizer(name_or_file: str | Path, hub_timeout_seconds: float = 5.0) -> Tokenizer:
+def get_tokenizer(name_or_file: str | Path, hub_timeout_seconds: float = 5.0, revision: str | None = None) -> Tokenizer:
     """Load a tokenizer from a tokenizer.json, a folder that contains one, or the hub (or its local cache) by name.
+
+    `revision` is a branch, tag or commit of the hub's repository.
 
     Raises:
         UserError: the file is missing or not a tokenizer, or the hub does not answer within `hub_timeout_seconds` and
@@ -60,8 +62,10 @@ def get_tokenizer(name_or_file: str | Path, hub_timeout_seconds: float = 5.0) ->
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        reachable = hub_answers(f"{name}/resolve/main/{TOKENIZER_FILE}", hub_timeout_seconds)
-        file = huggingface_hub.hf_hub_download(name, TOKENIZER_FILE, local_files_only=not reachable)
+        reachable = hub_answers(f"{name}/resolve/{revision or 'main'}/{TOKENIZER_FILE}", hub_timeout_seconds)
+        file = huggingface_hub.hf_hub_download(
+            name, TOKENIZER_FILE, revision=revision, local_files_only=not reachable, endpoint=hub_endpoint()
+        )
     except LocalEntryNotFoundError:
         raise UserError(
             f"tokenizer {name!r} is not a file, is not cached here, and the hub at {hub_endpoint()} is out of reach; "

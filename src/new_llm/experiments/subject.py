@@ -167,7 +167,7 @@ def load_hugging_face(
             model = loaded.model
         else:
             model = HuggingFaceLM(loaded, segment_length)
-    return model, get_tokenizer(name, DataConfig.hub_timeout_seconds), kind
+    return model, get_tokenizer(name, DataConfig.hub_timeout_seconds, revision), kind
 
 
 # Export

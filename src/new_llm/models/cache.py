@@ -453,17 +453,17 @@ def tune_weights(scored: Scored, start: Sequence[Sequence[float]]) -> Probabilit
     return tuned
 
 
-def describe_cache(config: CacheConfig, hidden_size: int, vocab_size: int, element_bytes: int = 4) -> dict[str, int]:
+def describe_cache(config: CacheConfig, hidden_size: int, vocab_size: int) -> dict[str, int]:
     """The storage that a text's cache needs.
 
     Returns:
-        `state_numbers`, N (D + 1), and their `state_bytes`; `bytes_per_token` of the text itself, which n-grams and
-        matches need: 2 for a vocabulary of at most 65,536, else 4. Lookup tables don't count, since they can be rebuilt
-        from the text.
+        `state_numbers`, N (D + 1), and their `state_bytes` in float32; `bytes_per_token` of the text itself, which
+        n-grams and matches need: 2 for a vocabulary of at most 65,536, else 4. Lookup tables don't count, since they
+        can be rebuilt from the text.
     """
     id_bytes = 2 if vocab_size <= 1 << 16 else 4
     return {
         "state_numbers": config.num_states * (hidden_size + 1),
-        "state_bytes": config.num_states * (hidden_size * element_bytes + id_bytes),
+        "state_bytes": config.num_states * (4 * hidden_size + id_bytes),
         "bytes_per_token": id_bytes if config.ngram_order or config.longest_match else 0,
     }
