@@ -51,12 +51,12 @@ class Stage(NamedTuple):
     facts: float  # per 1,000 tokens
 
 
-STAGES = (Stage(1600, 4, 1500, 32, 4.0), Stage(600, 1, 400, 128, 1.0))  # short samples, then long ones
+STAGES = (Stage(1400, 4, 1000, 32, 4.0), Stage(500, 1, 300, 128, 1.0))  # short samples, then long ones
 LEARNING_RATE = 3e-3
 GATE_LEARNING_RATE = 1e-2
 ANSWER_WEIGHT = 10.0
 MARGIN = 2.0  # nats by which the right answer has to lead, since what a memory holds fades
-WRITE_PENALTY = 8.0  # nats per token of ordinary text that is written with strength 1
+WRITE_PENALTY = 8.0  # times −log(1 − β) for each token of ordinary text; β itself would hardly push back at β = 1
 TEXT_SHARE = 0.2  # the share of the ordinary tokens whose loss is computed
 TEXT_WEIGHT = (0.03, 0.1, 0.4)  # from the first, at this share of the steps, to 1 at that share: first to recall at all
 PENALTY_RAMP = (0.15, 0.5)  # likewise, from 0 to WRITE_PENALTY
@@ -234,19 +234,20 @@ def teach(model: TransformerLM, layer: FactLayer, data: PreparedData, seed: int)
         text = F.cross_entropy(mixed.flatten(1, 2)[is_text] @ head.T, targets[is_text], reduction="sum")
         low, *text_ramp = TEXT_WEIGHT
         text_weight = max(low, ramp(progress, *text_ramp)) / TEXT_SHARE
-        written = torch.sigmoid(strengths.pop()).flatten(1, 2)[kinds[:, :-1] == TEXT].mean()
+        ordinary = strengths.pop().flatten(1, 2)[kinds[:, :-1] == TEXT]
         loss = (ANSWER_WEIGHT * answers + text_weight * text) / kind.numel()
-        (loss + WRITE_PENALTY * ramp(progress, *PENALTY_RAMP) * written).backward()
+        (loss + WRITE_PENALTY * ramp(progress, *PENALTY_RAMP) * F.softplus(ordinary).mean()).backward()
         nn.utils.clip_grad_norm_(attention.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         if (step + 1) % 100 == 0:
-            answer = float(answers.detach()) / max(1, len(logits))
-            seconds = time.perf_counter() - began
-            print(
-                f"step {step + 1}: answers {answer:.2f} nats, written {float(written):.5f}, {seconds:.0f} s", flush=True
+            answer, written = (
+                float(answers.detach()) / max(1, len(logits)),
+                float(torch.sigmoid(ordinary).mean().detach()),
             )
+            seconds = time.perf_counter() - began
+            print(f"step {step + 1}: answers {answer:.2f} nats, written {written:.5f}, {seconds:.0f} s", flush=True)
     hook.remove()
 
 
