@@ -202,7 +202,7 @@ CASES = [
     ("eval", "choose one of doctor, long, measures, positions, ppl, recall, reversal (see new-llm eval --help)"),
     ("eval nope", "unknown command 'eval nope'; allowed are doctor, long, measures, positions, ppl, recall, reversal"),
     ("eval ppl", "--run: give a run folder"),
-    ("eval ppl --run /nope/nope", "no such folder"),
+    ("eval ppl --run /nope/nope", "no such directory; give a directory written by"),
     ("eval ppl --run {run}", "several models; choose one with --model: hierarchical, infini, multi_memory, pythia, "),
     ("eval ppl --run {run} --model nope", "no model 'nope' here"),
     ("eval ppl --run {run} --model infini", "belongs to no run, so give a text"),
