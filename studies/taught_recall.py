@@ -242,10 +242,8 @@ def teach(model: TransformerLM, layer: FactLayer, data: PreparedData, seed: int)
         optimizer.zero_grad()
         schedule.step()
         if (step + 1) % 100 == 0:
-            answer, written = (
-                float(answers.detach()) / max(1, len(logits)),
-                float(torch.sigmoid(ordinary).mean().detach()),
-            )
+            answer = float(answers.detach()) / max(1, len(logits))
+            written = float(torch.sigmoid(ordinary).mean().detach())
             seconds = time.perf_counter() - began
             print(f"step {step + 1}: answers {answer:.2f} nats, written {written:.5f}, {seconds:.0f} s", flush=True)
     hook.remove()

@@ -13,6 +13,7 @@ from pydantic import Field
 from new_llm.config.errors import UserError
 from new_llm.config.model import COMPONENTS, MAX_ORDER, CacheConfig
 from new_llm.config.sections import UNIQUE, section, short
+from new_llm.config.train import RecallTask
 
 EVALUATIONS_FOLDER = "evaluations"
 """The subfolder of a run with the records of later measurements."""
@@ -184,10 +185,7 @@ MAX_CANDIDATES = 12  # each relation in data/recall_facts.json has this many val
 class RecallConfig(IntervalConfig):
     """What to hide, in texts of which lengths, and at which depths."""
 
-    tasks: Annotated[tuple[Literal["passkey", "facts", "changed", "reworded"], ...], Field(min_length=1), UNIQUE] = (
-        "passkey",
-        "facts",
-    )
+    tasks: Annotated[tuple[RecallTask, ...], Field(min_length=1), UNIQUE] = ("passkey", "facts")
     """passkey: a number of five digits; facts: one sentence about an invented person; changed: a fact stated twice with
     different values, of which the later one is right; reworded: a fact asked for in other words than it is stated
     in."""

@@ -9,6 +9,10 @@ from pydantic import Field
 from new_llm.config.errors import UserError
 from new_llm.config.sections import section, short
 
+RecallTask = Literal["passkey", "facts", "changed", "reworded"]
+"""passkey: a number; facts: a sentence about an invented person; changed: such a sentence that replaces another;
+reworded: such a sentence, asked for in other words."""
+
 
 @section
 class TrainConfig:
@@ -195,9 +199,7 @@ class DataConfig:
     """Share of names and of values in words that are not from the word lists, so that the model learns to recall any
     word: they are made up from pieces of the tokenizer, or taken from the sample's own text. The rest comes from the
     lists' part "train"."""
-    planted_tasks: Annotated[tuple[Literal["passkey", "facts", "changed", "reworded"], ...], Field(min_length=1)] = (
-        "facts",
-    )
+    planted_tasks: Annotated[tuple[RecallTask, ...], Field(min_length=1)] = ("facts",)
     """What to plant. passkey: a number of five digits; facts: one sentence about an invented person; changed: a fact
     that is stated again with another value before it is asked for; reworded: a fact that is asked for in other
     words."""

@@ -25,12 +25,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from new_llm.config import DataConfig, UserError
+from new_llm.config.train import RecallTask
 from new_llm.data.reversal_pairs import ReversalPair, make_pair
 from new_llm.data.tokenizer import count_ids, encode_continuation, encode_text
 
-RecallTask = Literal["passkey", "facts", "changed", "reworded"]
-"""passkey: a number; facts: a sentence about an invented person; changed: such a sentence that replaces another;
-reworded: such a sentence, asked for in other words."""
 RecallPart = Literal["train", "eval"]
 """Which of the two disjoint sets of names, values and keys to draw from."""
 

@@ -24,8 +24,8 @@ from tokenizers import Tokenizer
 from new_llm.charts import Chart, line_chart
 from new_llm.config import UserError
 from new_llm.config.evaluation import RecallConfig
+from new_llm.config.train import RecallTask
 from new_llm.data.recall_facts import (
-    RecallTask,
     SentenceBorders,
     choose_place,
     draw_needle,
