@@ -30,7 +30,7 @@ class ConvolvedAttention(SoftmaxAttention):
 
     def forward(self, hidden: Tensor, memory: Any, segments: Segments) -> tuple[Tensor, None]:
         mixed = self.query_key_value(hidden.flatten(0, 1))
-        mixed, _ = self.convolution(mixed, mixed.new_zeros(len(mixed), KERNEL_SIZE - 1, mixed.shape[2]))
+        mixed = self.convolution(mixed, mixed.new_zeros(len(mixed), KERNEL_SIZE - 1, mixed.shape[2]))
         attended = self.attend(*self.split(mixed))
         return self.dense(attended.transpose(1, 2).reshape(hidden.shape)), memory
 

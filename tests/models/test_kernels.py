@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model_cases import STACKS, assert_same, build_model, draw, text_ids
+from new_llm.models import ops
 from new_llm.models.layers.pythia import apply_rotary, compute_rotary_angles
 from new_llm.models.ops import local_attention
 from new_llm.models.ops.head_loss import linear_cross_entropy
@@ -56,6 +57,33 @@ def test_heads_are_split_and_rotated_as_by_torch_in_float64(length, width, rotar
     mixed = draw(2, length, 3 * 3 * width, seed=length, dtype=torch.bfloat16)
     assert can_split_heads(mixed)
     assert_same(lambda x: torch.cat(split_heads(x, 3, angles)), split, [mixed], 0.01, exact=[mixed.double()])
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("length", "heads", "width", "size"), [(1, 2, 16, 3), (33, 2, 32, 4), (64, 1, 128, 8), (5, 3, 20, 1)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gated_delta_heads_are_as_by_torch_in_float64(length, heads, width, size, dtype):
+    """Convolved, mapped and scaled; then normalised and gated. With all gradients."""
+
+    def convolve(x: Tensor, before: Tensor, weight: Tensor) -> Tensor:
+        y = F.conv1d(torch.cat((before, x), 1).transpose(1, 2), weight.unsqueeze(1), groups=len(weight))
+        q, k, v = F.silu(y).transpose(1, 2).unflatten(-1, (3, heads, width)).permute(2, 0, 3, 1, 4)
+        return torch.stack((0.3 * F.normalize(q, dim=-1), F.normalize(k, dim=-1), v))
+
+    def gate(reads: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+        return F.rms_norm(reads, (width,), weight, 1e-5).transpose(1, 2).flatten(2) * F.silu(x)
+
+    x, gates = draw(2, length, 3 * heads * width).to(dtype), draw(2, length, heads * width, seed=1).to(dtype)
+    shapes = (2, size - 1, 3 * heads * width), (3 * heads * width, size), (2, heads, length, width), (width,)
+    before, taps, reads, weight = (draw(*shape, seed=seed, dtype=torch.float32) for seed, shape in enumerate(shapes, 2))
+    tolerance = 1e-5 if dtype == torch.float32 else 0.01
+    for fast, exact, given in (
+        (lambda *parts: torch.stack(ops.convolve_heads(*parts, heads, 0.3)), convolve, [x, before, taps]),
+        (lambda *parts: ops.gate_heads(*parts, 1e-5), gate, [reads, weight, gates]),
+    ):
+        assert_same(fast, exact, given, tolerance, exact=[t.double() for t in given])
 
 
 @needs_compiler
@@ -252,7 +280,9 @@ def test_the_kernels_read_and_write_nothing_but_their_tensors(tmp_path):
     here = Path(__file__).parent
     files = [str(here / "test_loss.py"), str(here.parent / "generation/test_step_weights.py")]
     mine = ("test_the_default_dtype_has_no_say", "test_causal_attention_in_bfloat16_is_near_torch_s_in_float64",
-            "test_heads_are_split_and_rotated_as_by_torch_in_float64")  # fmt: skip
+            "test_heads_are_split_and_rotated_as_by_torch_in_float64",
+            "test_gated_delta_heads_are_as_by_torch_in_float64")  # fmt: skip
+    files += [f"{here / 'test_memory_ops.py'}::test_chunks_equal_the_rule_with_all_gradients"]
     files += [f"{__file__}::{name}" for name in mine]
     environment = {
         "LD_PRELOAD": " ".join(libraries),

@@ -254,7 +254,7 @@ class CompressiveAttention(MemoryAttention):
         if self.convolution is not None:
             flat = inputs.flatten(0, 1)
             before = flat.new_zeros(len(flat), self.convolution.size - 1, flat.shape[-1])
-            inputs = self.convolution(flat, before)[0].view_as(inputs)
+            inputs = self.convolution(flat, before).view_as(inputs)
         rule = self._make_rule(hidden, segments.valid)
         with torch.autocast(hidden.device.type, enabled=False):
             raw_q, raw_k, v = self._split(inputs)
@@ -422,8 +422,8 @@ class CompressiveAttention(MemoryAttention):
         if self.convolution is not None:
             before = inputs.new_zeros(len(inputs), self.convolution.size - 1, inputs.shape[-1])
             before = before if opened is None or opened.inputs is None else opened.inputs
-            inputs, joined = self.convolution(inputs, before)
-            changes["inputs"] = self.convolution.keep(joined, step.count_tokens(), joined.dtype)
+            changes["inputs"] = self.convolution.keep(inputs, before, step.count_tokens())
+            inputs = self.convolution(inputs, before)
         rule = self._make_rule(hidden, step.valid)
         with torch.autocast(hidden.device.type, enabled=False):
             raw_q, raw_k, v = self._split(inputs)

@@ -12,8 +12,11 @@ from new_llm.config.model import MAX_SIZE
 from new_llm.config.sections import section
 from new_llm.models.layers.base import Attention, Block, Segments, Step, check_divides, register_layer
 from new_llm.models.layers.memory_layer import ShortConvolution, TokenDecay
-from new_llm.models.ops import gated_delta_rule, map_features
+from new_llm.models.ops import convolve_heads, gate_heads, gated_delta_rule, map_features
 from new_llm.models.state import LayerMemory, MemoryFacts
+
+EPSILON = 1e-5
+"""Added to the mean square that what is read is divided by."""
 
 
 @section
@@ -77,7 +80,7 @@ class GatedDeltaAttention(Attention):
             self.convolution = ShortConvolution(3 * hidden_size, options.convolution_size)
         self.token_decay = TokenDecay(hidden_size, num_heads) if options.use_token_decay else None
         self.output_gate = nn.Linear(hidden_size, hidden_size, bias=False) if options.use_output_gate else None
-        self.norm = nn.RMSNorm(self.head_size, eps=1e-5)
+        self.norm = nn.RMSNorm(self.head_size, eps=EPSILON)
         self.dense = nn.Linear(hidden_size, hidden_size, bias=False)
 
     def empty_memory(self, rows: int, like: Tensor) -> GatedDeltaMemory:
@@ -110,25 +113,36 @@ class GatedDeltaAttention(Attention):
     ) -> tuple[Tensor, GatedDeltaMemory]:
         """Read x [B, T, D]. The memory returned contains the first `num_written` tokens, `counts` [B] of them real."""
         inputs, wide = self.query_key_value(x), memory.memories.dtype
-        if x.device.type == "cpu":  # 16-bit convolutions and SiLU's backward are several times slower on a CPU
-            inputs = inputs.to(wide)
+        gate = None if self.output_gate is None else self.output_gate(x)
         beta = self.strength(x).to(wide).sigmoid()
         log_decay = torch.zeros_like(beta) if self.token_decay is None else self.token_decay(x)
         if valid is not None:  # a masked token neither writes nor decays the memory
             beta, log_decay = beta * valid.unsqueeze(-1), log_decay * valid.unsqueeze(-1)
         with torch.autocast(x.device.type, enabled=False):
-            kept, projected = memory.inputs, inputs
+            q, k, v = self._split_heads(inputs, memory.inputs, wide)
+            kept = memory.inputs
             if self.convolution is not None:
-                projected, inputs = self.convolution(inputs, memory.inputs)
-                kept = self.convolution.keep(inputs, counts, wide)
-            q, k, v = projected.unflatten(-1, (3, self.num_heads, self.head_size)).permute(2, 0, 3, 1, 4).unbind(0)
-            q, k = self._map(q.to(wide)) * self.head_size**-0.5, self._map(k.to(wide))
+                kept = self.convolution.keep(inputs, memory.inputs, counts)
             rates = beta.transpose(1, 2), log_decay.transpose(1, 2)
-            reads, written = gated_delta_rule(q, k, F.silu(v), *rates, memory.memories[:, 0], num_written=num_written)
-            mixed = self.norm(reads.transpose(1, 2).to(self.norm.weight.dtype)).flatten(2)
-        if self.output_gate is not None:
-            mixed = mixed * F.silu(self.output_gate(x))
+            reads, written = gated_delta_rule(q, k, v, *rates, memory.memories[:, 0], num_written=num_written)
+            mixed = None if gate is None else gate_heads(reads, self.norm.weight, gate, EPSILON)
+            if mixed is None:
+                mixed = self.norm(reads.transpose(1, 2).to(self.norm.weight.dtype)).flatten(2)
+                mixed = mixed if gate is None else mixed * F.silu(gate)
         return self.dense(mixed), GatedDeltaMemory(written.unsqueeze(1), kept, memory.num_tokens + counts)
+
+    def _split_heads(self, x: Tensor, before: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v [B, H, T, K] of x [B, T, 3 D], after the convolution and SiLU; q multiplied by 1 / √K."""
+        scale = self.head_size**-0.5
+        if self.convolution is not None and self.key_features == "unit":
+            found = convolve_heads(x, before, self.convolution.weight, self.num_heads, scale)
+            if found is not None:
+                return found
+        if x.device.type == "cpu":  # 16-bit convolutions and SiLU's backward are several times slower on a CPU
+            x = x.to(wide)
+        x = x if self.convolution is None else self.convolution(x, before)
+        q, k, v = x.unflatten(-1, (3, self.num_heads, self.head_size)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self._map(q.to(wide)) * scale, self._map(k.to(wide)), F.silu(v)
 
     def _map(self, x: Tensor) -> Tensor:
         """Map queries or keys to features of length at most 1, which keeps the delta rule stable."""

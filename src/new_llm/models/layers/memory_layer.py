@@ -254,8 +254,8 @@ class ShortConvolution(nn.Module):
         """Draw the weights from uniform(−1/√size, 1/√size)."""
         nn.init.uniform_(self.weight, -1, 1).div_(math.sqrt(self.size))
 
-    def forward(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-        """y [B, T, C] of the next tokens, and all inputs: `before` and x concatenated.
+    def forward(self, x: Tensor, before: Tensor) -> Tensor:
+        """y [B, T, C] of the next tokens.
 
         Args:
             x: [B, T, C].
@@ -264,12 +264,14 @@ class ShortConvolution(nn.Module):
         inputs = torch.cat((before.to(x.dtype), x), dim=1)
         # a 2d convolution, because channels are last in memory and torch convolves such images without a copy
         y = F.conv2d(inputs.transpose(1, 2).unsqueeze(2), self.weight[:, None, None].to(x.dtype), groups=x.shape[2])
-        return y.squeeze(2).transpose(1, 2), inputs
+        return y.squeeze(2).transpose(1, 2)
 
-    def keep(self, inputs: Tensor, counts: Tensor, dtype: torch.dtype) -> Tensor:
-        """The last size − 1 inputs after `counts` [B] new tokens, [B, size − 1, C]; `inputs` as `forward` returned."""
-        places = counts.unsqueeze(1) + torch.arange(self.size - 1, device=counts.device)
-        return inputs.gather(1, places.unsqueeze(-1).expand(-1, -1, inputs.shape[2])).to(dtype)
+    def keep(self, x: Tensor, before: Tensor, counts: Tensor) -> Tensor:
+        """The last size − 1 inputs after `counts` [B] tokens of x, [B, size − 1, C], in the dtype of `before`."""
+        places = (counts.unsqueeze(1) + torch.arange(1 - self.size, 0, device=counts.device)).unsqueeze(-1)
+        old = (places + self.size - 1).clamp(max=self.size - 2).expand(-1, -1, x.shape[2])
+        new = places.clamp(min=0).expand(-1, -1, x.shape[2])
+        return torch.where(places < 0, before.gather(1, old), x.gather(1, new).to(before.dtype))
 
 
 class TokenDecay(nn.Module):

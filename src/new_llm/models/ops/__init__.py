@@ -7,7 +7,7 @@ where each token reads what earlier tokens wrote. `local_attention`: feature map
 """
 
 from new_llm.models.ops.delta_rule import scan_delta_rule, scan_delta_rule_naive, sum_reads, write_delta_rule
-from new_llm.models.ops.gated_delta import gated_delta_rule, gated_delta_rule_naive
+from new_llm.models.ops.gated_delta import convolve_heads, gate_heads, gated_delta_rule, gated_delta_rule_naive
 from new_llm.models.ops.local_attention import (
     feature_map,
     local_linear_attention,
@@ -33,7 +33,9 @@ from new_llm.models.ops.memory_scan import ScannedReads, scan_memories, scan_mem
 __all__ = [
     "ScannedReads",
     "add_outer_products",
+    "convolve_heads",
     "feature_map",
+    "gate_heads",
     "gated_delta_rule",
     "gated_delta_rule_naive",
     "local_linear_attention",

@@ -11,6 +11,9 @@ L = e^g K. The chunk writes U = T (V − L M), so that
 Everything but M is computed for all chunks at once. Only two products per chunk are sequential, in `chain_chunks`:
 M_{i+1} = d_i M_i + R_iᵀ E_i with E_i = V_i − L_i M_i.
 
+On a CPU in float32, one C kernel does all of this chunk by chunk, with M in the cache. Two more compute what the
+layer needs around it: `convolve_heads` and `gate_heads`.
+
 Legend: B rows, T tokens, H heads, K and V widths of keys and values, n chunks of C tokens.
 """
 
@@ -27,6 +30,7 @@ from torch import Tensor, library
 
 from new_llm.models.ops import kernels
 from new_llm.models.ops.kernels import native
+from new_llm.models.ops.local_attention import LEAST_NORM
 from new_llm.models.ops.memory import sum_prefixes
 
 CHUNK_LENGTH = 32
@@ -57,8 +61,8 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """Read and write one memory token by token; each token reads after its own write.
 
-    In 16 bits on a GPU this runs flash-linear-attention (fla) if `uses_fla` allows. Otherwise it runs in chunks: with
-    Triton in bfloat16 on a GPU, M in float32; anywhere else in M's precision.
+    In 16 bits on a GPU this runs flash-linear-attention (fla) if `uses_fla` allows. Otherwise it runs in chunks: in C
+    on a CPU if M is float32; with Triton in bfloat16 on a GPU, M in float32; anywhere else in M's precision.
 
     Args:
         q: queries, [B, H, T, K], already scaled.
@@ -75,6 +79,8 @@ def gated_delta_rule(
     num_tokens, parts = q.shape[2], (q, k, v, beta, log_decay)
     written = num_tokens if num_written is None else num_written
     takes_fla, chunk = uses_fla(v, q.shape[-1]), GPU_CHUNK_LENGTH if v.is_cuda else CHUNK_LENGTH
+    found = find_rule_kernel(memory.dtype, memory.device, max(memory.shape[-2:]))
+    chunk = chunk if found is None else native.RULE_CHUNK
     if 0 < written < num_tokens and (takes_fla or written % chunk):
         reads, memory = gated_delta_rule(*(t[:, :, :written] for t in parts), memory=memory)
         last, _ = gated_delta_rule(*(t[:, :, written:] for t in parts), memory=memory)
@@ -82,6 +88,11 @@ def gated_delta_rule(
     if takes_fla:
         reads, end = _run_fla(*parts, memory=memory)
         return reads, end if written else memory
+    if found is not None:
+        tensors = [t.to(memory.dtype).flatten(0, 1).contiguous() for t in (*parts, memory)]
+        keeps = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        reads, end = _Rule.apply(*tensors, -(-written // chunk), keeps)
+        return reads.view_as(v).to(v.dtype), end.view_as(memory)
     if num_tokens == 1:  # in generation; the plain rule is faster than a chunk
         reads, end = gated_delta_rule_naive(*(t.to(memory.dtype) for t in parts), memory=memory)
         return reads.to(v.dtype), end if written else memory
@@ -98,6 +109,108 @@ def uses_fla(v: Tensor, width: int) -> bool:
         return False
     triton = tuple(int(number) for number in re.findall(r"\d+", version("triton"))[:3])
     return not (3, 4) <= triton < (3, 7, 1) or torch.cuda.get_device_capability(v.device) < (9, 0)
+
+
+def find_rule_kernel(dtype: torch.dtype, device: torch.device, width: int) -> CDLL | None:
+    """The C kernels, if they support M and reads of this dtype with keys and values up to this width."""
+    if dtype == torch.float32 and device.type == "cpu" and width <= native.MAX_WIDTH:
+        return native.find_kernels()
+    return None
+
+
+class _Rule(torch.autograd.Function):
+    """`gated_delta_rule` by the C kernel, on q, k, v [G, T, …], β, log α [G, T] and M [G, K, V], all float32."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        *parts, memory, ctx.num_written, keeps = arguments
+        found = native.load_kernels()
+        assert found is not None
+        reads, end, errors, states = native.gated_delta(found, parts, memory, ctx.num_written, keeps=keeps)
+        ctx.save_for_backward(*parts[:2], *parts[3:], errors, states)
+        return reads, end
+
+    @staticmethod
+    @kernels.differentiate_once
+    def backward(ctx: Any, for_reads: Tensor, for_kept: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        *parts, errors, states = ctx.saved_tensors
+        found = native.load_kernels()
+        assert found is not None
+        upstreams = for_reads.contiguous(), for_kept.contiguous()
+        return *native.gated_delta_backward(found, parts, errors, states, *upstreams, ctx.num_written), None, None
+
+
+def convolve_heads(
+    x: Tensor, before: Tensor, weight: Tensor, num_heads: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """q, k and v [B, H, T, K]: SiLU of a causal convolution, q and k then scaled to length `scale` and 1.
+
+    Returns None if no kernel supports the arguments.
+
+    Args:
+        x: q, k and v of all heads, [B, T, 3 H K], float32 or bfloat16.
+        before: inputs of the size − 1 tokens before x, [B, size − 1, 3 H K] float32.
+        weight: the convolution's, [3 H K, size] float32, the current token's last.
+        num_heads: H.
+        scale: length of the queries.
+    """
+    width, size = x.shape[-1] // (3 * num_heads), weight.shape[1]
+    is_supported = x.dtype in native.SUFFIXES and weight.dtype == torch.float32 and size <= native.MAX_CONVOLUTION
+    if not is_supported or find_rule_kernel(before.dtype, before.device, width) is None:
+        return None
+    return _ConvolvedHeads.apply(x.contiguous(), before.contiguous(), weight.contiguous(), num_heads, scale)
+
+
+class _ConvolvedHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, before: Tensor, weight: Tensor, num_heads: int, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        found = native.load_kernels()
+        assert found is not None
+        ctx.save_for_backward(x, before, weight)
+        ctx.scale = scale
+        return native.convolve_heads(found, x, before, weight, num_heads, scale, LEAST_NORM)
+
+    @staticmethod
+    @kernels.differentiate_once
+    def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        found = native.load_kernels()
+        assert found is not None
+        given = [t.contiguous() for t in upstreams]
+        return *native.convolve_heads_backward(found, *ctx.saved_tensors, given, ctx.scale, LEAST_NORM), None, None
+
+
+def gate_heads(reads: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor | None:
+    """RMSNorm(reads) SiLU(gate), [B, T, H V] in the dtype of `gate`; None if no kernel supports the arguments.
+
+    Args:
+        reads: [B, H, T, V] float32.
+        weight: the norm's, [V] float32.
+        gate: [B, T, H V], float32 or bfloat16.
+        eps: the norm's, added to the mean square.
+    """
+    is_supported = gate.dtype in native.SUFFIXES and weight.dtype == torch.float32
+    if not is_supported or find_rule_kernel(reads.dtype, reads.device, len(weight)) is None:
+        return None
+    return _GatedHeads.apply(reads.contiguous(), weight.contiguous(), gate.contiguous(), eps)
+
+
+class _GatedHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, reads: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
+        found = native.load_kernels()
+        assert found is not None
+        ctx.save_for_backward(reads, weight, gate)
+        ctx.eps = eps
+        return native.gate_heads(found, reads, weight, gate, eps)
+
+    @staticmethod
+    @kernels.differentiate_once
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        found = native.load_kernels()
+        assert found is not None
+        return *native.gate_heads_backward(found, *ctx.saved_tensors, upstream.contiguous(), ctx.eps), None
 
 
 def _run_chunks(

@@ -40,6 +40,10 @@ MAX_STEP_ROWS = 8
 """Maximum number of rows in a layer's step, limited by the arrays in decoding.c."""
 MAX_CHUNK = 64
 """Maximum number of tokens in a chunk of the delta rule, limited by the arrays in delta.c."""
+MAX_WIDTH, MAX_CONVOLUTION = 128, 8
+"""Maximum widths of a head and of its convolution, limited by the arrays in gated_delta.c and gated_delta_heads.c."""
+RULE_CHUNK = 16
+"""Tokens in a chunk of the gated delta rule, CHUNK in gated_delta.c."""
 
 FLAGS = ("-O3", "-march=native", "-std=c11", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 BUILD_SECONDS = 120
@@ -108,6 +112,9 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     for one, other in product(SUFFIXES.values(), repeat=2):
         takes |= {f"scale_rows_{one}_{other}": "ppppnnxi", f"scale_rows_backward_{one}_{other}": "ppppppnni"}
     takes |= {"causal_softmax": "pppnnnnxi", "causal_softmax_backward": "pppnnnnxi", "split_heads": "ppppppnnnnnii"}
+    takes |= {"gated_delta": "p" * 10 + "nnnnni", "gated_delta_backward": "p" * 14 + "nnnnni"}
+    takes |= {"convolve_heads": "ppppppnnnnnxxii", "convolve_heads_backward": "pppppppppnnnnnxxii"}
+    takes |= {"gate_heads": "ppppnnnnxii", "gate_heads_backward": "pppppppnnnnxii"}
     takes["count_step_scratch"] = "nnnnni"
     for name, letters in takes.items():
         function = getattr(library, name)
@@ -348,6 +355,141 @@ def _check_chunks(products: Tensor, strengths: Tensor | None) -> int:
     if size > MAX_CHUNK:
         raise ValueError(f"chunks of {size} tokens; the kernels support at most {MAX_CHUNK}")
     return size
+
+
+# The gated delta rule, and what its layer computes between products
+
+
+def gated_delta(
+    kernels: ctypes.CDLL, parts: Sequence[Tensor], memory: Tensor, num_written: int, *, keeps: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Reads [G, T, V], M after `num_written` chunks, and with `keeps` W and M before each chunk, for the backward.
+
+    Args:
+        parts: q, k [G, T, K], v [G, T, V], β and log α [G, T], all float32.
+        memory: M before the first token, [G, K, V] float32.
+        num_written: number of chunks that the returned memory contains.
+    """
+    sizes = _check_rule(parts[0], parts[1], parts[3], parts[4], memory)
+    groups, tokens, _, values = sizes
+    check_tensor("v", parts[2], (groups, tokens, values), torch.float32)
+    reads, kept = _empty(groups, tokens, values), torch.empty_like(memory)
+    errors = states = None
+    if keeps:
+        errors, states = torch.empty_like(reads), _empty(-(-tokens // RULE_CHUNK), *memory.shape)
+    _call(kernels, "gated_delta", None, *parts, memory, reads, errors, states, kept, *sizes, num_written)
+    return reads, kept, errors, states
+
+
+def gated_delta_backward(
+    kernels: ctypes.CDLL,
+    parts: Sequence[Tensor],
+    errors: Tensor,
+    states: Tensor,
+    for_reads: Tensor,
+    for_kept: Tensor,
+    num_written: int,
+) -> list[Tensor]:
+    """The gradients of q, k, v, β, log α and M; `parts` are q, k, β and log α, the others as `gated_delta` has them."""
+    sizes = _check_rule(*parts, for_kept)
+    groups, tokens, width, values = sizes
+    check_tensor("states", states, (-(-tokens // RULE_CHUNK), groups, width, values), torch.float32)
+    for name, t in (("W", errors), ("for_reads", for_reads)):
+        check_tensor(name, t, (groups, tokens, values), torch.float32)
+    q, k, strengths, log_decay = parts
+    found = [torch.empty_like(t) for t in (q, k, errors, strengths, log_decay, for_kept)]
+    given = (*parts, errors, states, for_reads, for_kept)
+    _call(kernels, "gated_delta_backward", None, *given, *found, *sizes, num_written)
+    return found
+
+
+def _check_rule(
+    q: Tensor, k: Tensor, strengths: Tensor, log_decay: Tensor, memory: Tensor
+) -> tuple[int, int, int, int]:
+    groups, tokens, width = q.shape
+    for name, t in (("q", q), ("k", k)):
+        check_tensor(name, t, (groups, tokens, width), torch.float32)
+    for name, t in (("β", strengths), ("log α", log_decay)):
+        check_tensor(name, t, (groups, tokens), torch.float32)
+    check_tensor("M", memory, (groups, width, memory.shape[2]), torch.float32)
+    if max(width, memory.shape[2]) > MAX_WIDTH:
+        raise ValueError(f"heads of width {max(width, memory.shape[2])}; the kernels support at most {MAX_WIDTH}")
+    return groups, tokens, width, memory.shape[2]
+
+
+def convolve_heads(
+    kernels: ctypes.CDLL, x: Tensor, before: Tensor, weight: Tensor, num_heads: int, scale: float, least: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v [B, H, T, K] float32 from x [B, T, 3 H K]; arguments as in `ops.gated_delta.convolve_heads`."""
+    sizes = _check_heads(x, before, weight, num_heads)
+    batch, tokens, heads, width, _ = sizes
+    q, k, v = (_empty(batch, heads, tokens, width) for _ in range(3))
+    narrow = int(x.dtype == torch.bfloat16)
+    _call(kernels, "convolve_heads", None, x, before, weight, q, k, v, *sizes, scale, least, narrow)
+    return q, k, v
+
+
+def convolve_heads_backward(
+    kernels: ctypes.CDLL,
+    x: Tensor,
+    before: Tensor,
+    weight: Tensor,
+    upstreams: Sequence[Tensor],
+    scale: float,
+    least: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, `before` and the weight, from those of q, k and v."""
+    batch, num_heads, tokens, width = upstreams[0].shape
+    sizes = _check_heads(x, before, weight, num_heads)
+    for name, t in zip("qkv", upstreams, strict=True):
+        check_tensor(name, t, (batch, num_heads, tokens, width), torch.float32)
+    for_weight = _empty(batch, *weight.shape)
+    found = torch.empty_like(x), torch.empty_like(before), for_weight
+    narrow = int(x.dtype == torch.bfloat16)
+    _call(kernels, "convolve_heads_backward", None, x, before, weight, *upstreams, *found, *sizes, scale, least, narrow)
+    return found[0], found[1], for_weight.sum(0)
+
+
+def _check_heads(x: Tensor, before: Tensor, weight: Tensor, num_heads: int) -> tuple[int, int, int, int, int]:
+    batch, tokens, channels = x.shape
+    width, size = channels // (3 * num_heads), weight.shape[1]
+    check_tensor("x", x, (batch, tokens, 3 * num_heads * width), x.dtype)
+    check_tensor("before", before, (batch, size - 1, channels), torch.float32)
+    check_tensor("weight", weight, (channels, size), torch.float32)
+    if x.dtype not in SUFFIXES or width > MAX_WIDTH or size > MAX_CONVOLUTION:
+        raise ValueError(f"{x.dtype}, heads of width {width}, a convolution of {size}: no kernel")
+    return batch, tokens, num_heads, width, size
+
+
+def gate_heads(kernels: ctypes.CDLL, reads: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
+    """RMSNorm(reads) SiLU(gate), [B, T, H V] in the dtype of `gate`; see `ops.gated_delta.gate_heads`."""
+    out, sizes = torch.empty_like(gate), _check_gate(reads, weight, gate)
+    _call(kernels, "gate_heads", None, reads, weight, gate, out, *sizes, eps, int(gate.dtype == torch.bfloat16))
+    return out
+
+
+def gate_heads_backward(
+    kernels: ctypes.CDLL, reads: Tensor, weight: Tensor, gate: Tensor, upstream: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of the reads, the weight and the gate."""
+    sizes = _check_gate(reads, weight, gate)
+    check_tensor("upstream", upstream, gate.shape, gate.dtype)
+    for_reads, for_gate = torch.empty_like(reads), torch.empty_like(gate)
+    for_weight = _empty(*reads.shape[:2], len(weight))
+    found = for_reads, for_weight, for_gate
+    narrow = int(gate.dtype == torch.bfloat16)
+    _call(kernels, "gate_heads_backward", None, reads, weight, gate, upstream, *found, *sizes, eps, narrow)
+    return for_reads, for_weight.sum((0, 1)), for_gate
+
+
+def _check_gate(reads: Tensor, weight: Tensor, gate: Tensor) -> tuple[int, int, int, int]:
+    batch, heads, tokens, width = reads.shape
+    check_tensor("reads", reads, reads.shape, torch.float32)
+    check_tensor("weight", weight, (width,), torch.float32)
+    check_tensor("gate", gate, (batch, tokens, heads * width), gate.dtype)
+    if gate.dtype not in SUFFIXES or width > MAX_WIDTH:
+        raise ValueError(f"{gate.dtype}, heads of width {width}: no kernel")
+    return batch, tokens, heads, width
 
 
 # Decoding: products with few rows, and a Pythia layer's step

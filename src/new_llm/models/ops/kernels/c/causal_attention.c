@@ -3,8 +3,6 @@
 
 #include "kernels.h"
 
-#define LANES 16
-
 /* scores [batches, rows, columns] <- softmax(scale * scores) over each row's first `first + row + 1` columns;
    logsumexp [batches, rows] is that of the scaled scores; scratch holds one row of floats per thread. */
 void causal_softmax(bf16 *scores, float *logsumexp, float *scratch, int64_t batches, int64_t rows, int64_t columns,

@@ -1,10 +1,13 @@
-/* Shared by the kernels: bfloat16, and an exp that vectorises. Everything is plain C; the compiler vectorises it. */
+/* Shared by the kernels: bfloat16, vectors, and an exp that vectorises. Everything is plain C; the compiler vectorises it. */
 #pragma once
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
 typedef uint16_t bf16;
+
+#define LANES 16
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 static inline float from_bf16(bf16 x) {
     uint32_t bits = (uint32_t)x << 16;
