@@ -91,7 +91,7 @@ def gated_delta_rule(
     if found is not None:
         tensors = [t.to(memory.dtype).flatten(0, 1).contiguous() for t in (*parts, memory)]
         keeps = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        reads, end = _Rule.apply(*tensors, -(-written // chunk), keeps)
+        reads, end = _Rule.apply(found, *tensors, -(-written // chunk), keeps)
         return reads.view_as(v).to(v.dtype), end.view_as(memory)
     if num_tokens == 1:  # in generation; the plain rule is faster than a chunk
         reads, end = gated_delta_rule_naive(*(t.to(memory.dtype) for t in parts), memory=memory)
@@ -123,10 +123,8 @@ class _Rule(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *parts, memory, ctx.num_written, keeps = arguments
-        found = native.load_kernels()
-        assert found is not None
-        reads, end, errors, states = native.gated_delta(found, parts, memory, ctx.num_written, keeps=keeps)
+        ctx.kernels, *parts, memory, ctx.num_written, keeps = arguments
+        reads, end, errors, states = native.gated_delta(ctx.kernels, parts, memory, ctx.num_written, keeps=keeps)
         ctx.save_for_backward(*parts[:2], *parts[3:], errors, states)
         return reads, end
 
@@ -134,10 +132,8 @@ class _Rule(torch.autograd.Function):
     @kernels.differentiate_once
     def backward(ctx: Any, for_reads: Tensor, for_kept: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         *parts, errors, states = ctx.saved_tensors
-        found = native.load_kernels()
-        assert found is not None
-        upstreams = for_reads.contiguous(), for_kept.contiguous()
-        return *native.gated_delta_backward(found, parts, errors, states, *upstreams, ctx.num_written), None, None
+        given = errors, states, for_reads.contiguous(), for_kept.contiguous(), ctx.num_written
+        return None, *native.gated_delta_backward(ctx.kernels, parts, *given), None, None
 
 
 def convolve_heads(
@@ -156,29 +152,24 @@ def convolve_heads(
     """
     width, size = x.shape[-1] // (3 * num_heads), weight.shape[1]
     is_supported = x.dtype in native.SUFFIXES and weight.dtype == torch.float32 and size <= native.MAX_CONVOLUTION
-    if not is_supported or find_rule_kernel(before.dtype, before.device, width) is None:
+    found = find_rule_kernel(before.dtype, before.device, width) if is_supported else None
+    if found is None:
         return None
-    return _ConvolvedHeads.apply(x.contiguous(), before.contiguous(), weight.contiguous(), num_heads, scale)
+    return _ConvolvedHeads.apply(found, x.contiguous(), before.contiguous(), weight.contiguous(), num_heads, scale)
 
 
 class _ConvolvedHeads(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, before: Tensor, weight: Tensor, num_heads: int, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        found = native.load_kernels()
-        assert found is not None
-        ctx.save_for_backward(x, before, weight)
-        ctx.scale = scale
-        return native.convolve_heads(found, x, before, weight, num_heads, scale, LEAST_NORM)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.kernels, *tensors, num_heads, ctx.scale = arguments
+        ctx.save_for_backward(*tensors)
+        return native.convolve_heads(ctx.kernels, tensors, num_heads, ctx.scale, LEAST_NORM)
 
     @staticmethod
     @kernels.differentiate_once
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        found = native.load_kernels()
-        assert found is not None
-        given = [t.contiguous() for t in upstreams]
-        return *native.convolve_heads_backward(found, *ctx.saved_tensors, given, ctx.scale, LEAST_NORM), None, None
+        given = ctx.saved_tensors, [t.contiguous() for t in upstreams], ctx.scale, LEAST_NORM
+        return None, *native.convolve_heads_backward(ctx.kernels, *given), None, None
 
 
 def gate_heads(reads: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor | None:
@@ -191,26 +182,24 @@ def gate_heads(reads: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tenso
         eps: the norm's, added to the mean square.
     """
     is_supported = gate.dtype in native.SUFFIXES and weight.dtype == torch.float32
-    if not is_supported or find_rule_kernel(reads.dtype, reads.device, len(weight)) is None:
+    found = find_rule_kernel(reads.dtype, reads.device, len(weight)) if is_supported else None
+    if found is None:
         return None
-    return _GatedHeads.apply(reads.contiguous(), weight.contiguous(), gate.contiguous(), eps)
+    return _GatedHeads.apply(found, reads.contiguous(), weight.contiguous(), gate.contiguous(), eps)
 
 
 class _GatedHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, reads: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
-        found = native.load_kernels()
-        assert found is not None
-        ctx.save_for_backward(reads, weight, gate)
-        ctx.eps = eps
-        return native.gate_heads(found, reads, weight, gate, eps)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        ctx.kernels, *tensors, ctx.eps = arguments
+        ctx.save_for_backward(*tensors)
+        return native.gate_heads(ctx.kernels, tensors, ctx.eps)
 
     @staticmethod
     @kernels.differentiate_once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        found = native.load_kernels()
-        assert found is not None
-        return *native.gate_heads_backward(found, *ctx.saved_tensors, upstream.contiguous(), ctx.eps), None
+        given = ctx.saved_tensors, upstream.contiguous(), ctx.eps
+        return None, *native.gate_heads_backward(ctx.kernels, *given), None
 
 
 def _run_chunks(

@@ -391,12 +391,12 @@ def gated_delta_backward(
     num_written: int,
 ) -> list[Tensor]:
     """The gradients of q, k, v, β, log α and M; `parts` are q, k, β and log α, the others as `gated_delta` has them."""
-    sizes = _check_rule(*parts, for_kept)
+    q, k, strengths, log_decay = parts
+    sizes = _check_rule(q, k, strengths, log_decay, for_kept)
     groups, tokens, width, values = sizes
     check_tensor("states", states, (-(-tokens // RULE_CHUNK), groups, width, values), torch.float32)
     for name, t in (("W", errors), ("for_reads", for_reads)):
         check_tensor(name, t, (groups, tokens, values), torch.float32)
-    q, k, strengths, log_decay = parts
     found = [torch.empty_like(t) for t in (q, k, errors, strengths, log_decay, for_kept)]
     given = (*parts, errors, states, for_reads, for_kept)
     _call(kernels, "gated_delta_backward", None, *given, *found, *sizes, num_written)
@@ -418,9 +418,10 @@ def _check_rule(
 
 
 def convolve_heads(
-    kernels: ctypes.CDLL, x: Tensor, before: Tensor, weight: Tensor, num_heads: int, scale: float, least: float
+    kernels: ctypes.CDLL, tensors: Sequence[Tensor], num_heads: int, scale: float, least: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v [B, H, T, K] float32 from x [B, T, 3 H K]; arguments as in `ops.gated_delta.convolve_heads`."""
+    """q, k and v [B, H, T, K] float32, from x, `before` and the weight; see `ops.gated_delta.convolve_heads`."""
+    x, before, weight = tensors
     sizes = _check_heads(x, before, weight, num_heads)
     batch, tokens, heads, width, _ = sizes
     q, k, v = (_empty(batch, heads, tokens, width) for _ in range(3))
@@ -430,15 +431,10 @@ def convolve_heads(
 
 
 def convolve_heads_backward(
-    kernels: ctypes.CDLL,
-    x: Tensor,
-    before: Tensor,
-    weight: Tensor,
-    upstreams: Sequence[Tensor],
-    scale: float,
-    least: float,
+    kernels: ctypes.CDLL, tensors: Sequence[Tensor], upstreams: Sequence[Tensor], scale: float, least: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, `before` and the weight, from those of q, k and v."""
+    x, before, weight = tensors
     batch, num_heads, tokens, width = upstreams[0].shape
     sizes = _check_heads(x, before, weight, num_heads)
     for name, t in zip("qkv", upstreams, strict=True):
@@ -461,17 +457,19 @@ def _check_heads(x: Tensor, before: Tensor, weight: Tensor, num_heads: int) -> t
     return batch, tokens, num_heads, width, size
 
 
-def gate_heads(kernels: ctypes.CDLL, reads: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
-    """RMSNorm(reads) SiLU(gate), [B, T, H V] in the dtype of `gate`; see `ops.gated_delta.gate_heads`."""
+def gate_heads(kernels: ctypes.CDLL, tensors: Sequence[Tensor], eps: float) -> Tensor:
+    """RMSNorm(reads) SiLU(gate), [B, T, H V], from reads, weight and gate; see `ops.gated_delta.gate_heads`."""
+    reads, weight, gate = tensors
     out, sizes = torch.empty_like(gate), _check_gate(reads, weight, gate)
     _call(kernels, "gate_heads", None, reads, weight, gate, out, *sizes, eps, int(gate.dtype == torch.bfloat16))
     return out
 
 
 def gate_heads_backward(
-    kernels: ctypes.CDLL, reads: Tensor, weight: Tensor, gate: Tensor, upstream: Tensor, eps: float
+    kernels: ctypes.CDLL, tensors: Sequence[Tensor], upstream: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the reads, the weight and the gate."""
+    reads, weight, gate = tensors
     sizes = _check_gate(reads, weight, gate)
     check_tensor("upstream", upstream, gate.shape, gate.dtype)
     for_reads, for_gate = torch.empty_like(reads), torch.empty_like(gate)
