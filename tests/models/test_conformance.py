@@ -23,6 +23,7 @@ from model_cases import (
     text_ids,
 )
 from new_llm.models import TransformerLM, create_model, save_memory_file, save_model
+from new_llm.models.decoding import cast_weights_once
 from new_llm.models.layers import Attention, InfiniLayer, Layer, ReadTokens, Segments, register_layer
 from new_llm.models.layers.infini import InfiniOptions
 from new_llm.models.state import LayerMemory
@@ -114,6 +115,9 @@ def test_autocast_keeps_memory_in_float32(name):
     expected = run(model, ids)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = run(model, ids)
+        model.reset_memory()
+        with cast_weights_once(model):
+            assert torch.equal(run(model, ids), actual)
         model.reset_memory()
         loss, _ = model.compute_loss(ids, ids, update_memory=True)
     loss.backward()

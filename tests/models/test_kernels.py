@@ -22,7 +22,7 @@ from new_llm.models.ops import local_attention
 from new_llm.models.ops.head_loss import linear_cross_entropy
 from new_llm.models.ops.kernels import SWITCH, check_tensor, native
 from new_llm.models.ops.kernels.native import PythiaStep
-from new_llm.models.ops.local_attention import can_split_heads, causal_attention, split_heads
+from new_llm.models.ops.local_attention import attend_heads, can_split_heads, causal_attention
 from tiny import ROOT, run_python
 
 needs_compiler = pytest.mark.skipif(not native.has_kernels(), reason="no C compiler here")
@@ -45,18 +45,20 @@ def test_causal_attention_in_bfloat16_is_near_torch_s_in_float64(length, monkeyp
 
 
 @needs_compiler
-@pytest.mark.parametrize(("length", "width", "rotary"), [(1, 6, 6), (7, 5, 2), (17, 8, 0), (64, 32, 8)])
-def test_heads_are_split_and_rotated_as_by_torch_in_float64(length, width, rotary):
-    """With gradients; each head's queries, keys and values lie side by side."""
+@pytest.mark.parametrize(("length", "width", "rotary"), [(1, 6, 6), (7, 5, 2), (17, 16, 0), (64, 32, 8), (50, 48, 4)])
+def test_heads_are_rotated_and_attend_as_by_torch_in_float64(length, width, rotary, monkeypatch):
+    """With gradients, in one pass and in several; each head's queries, keys and values lie side by side."""
+    monkeypatch.setattr(local_attention, "MIN_SCORES", 0)
     angles = torch.stack(compute_rotary_angles(torch.arange(length), rotary, 1e4, torch.float32))
 
-    def split(mixed: Tensor) -> Tensor:
+    def attend(mixed: Tensor) -> Tensor:
         q, k, v = mixed.unflatten(-1, (3, -1)).transpose(1, 2).chunk(3, dim=-1)
-        return torch.cat((apply_rotary(q, *angles.double()), apply_rotary(k, *angles.double()), v))
+        q, k = (apply_rotary(t, *angles.double()) for t in (q, k))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
 
     mixed = draw(2, length, 3 * 3 * width, seed=length, dtype=torch.bfloat16)
     assert can_split_heads(mixed)
-    assert_same(lambda x: torch.cat(split_heads(x, 3, angles)), split, [mixed], 0.01, exact=[mixed.double()])
+    assert_same(lambda x: attend_heads(x, 3, angles), attend, [mixed], 0.01, exact=[mixed.double()])
 
 
 @needs_compiler

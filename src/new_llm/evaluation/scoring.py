@@ -20,6 +20,7 @@ from torch import Tensor
 
 from new_llm.config import UserError
 from new_llm.data.tokenizer import TokenSplit
+from new_llm.models.decoding import cast_weights_once
 from new_llm.models.inputs import IGNORE_INDEX
 from new_llm.processes import ALONE, Processes
 
@@ -302,7 +303,7 @@ def find_device(model: LanguageModel) -> torch.device:
 @contextlib.contextmanager
 def evaluation_mode(model: LanguageModel, autocast: Autocast = contextlib.nullcontext) -> Iterator[None]:
     """Disable dropout and gradients inside the block; restore each module's mode afterwards."""
-    with set_mode(model, training=False), torch.inference_mode(), autocast():
+    with set_mode(model, training=False), torch.inference_mode(), autocast(), cast_weights_once(model):
         yield
 
 

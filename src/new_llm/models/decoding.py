@@ -1,4 +1,4 @@
-"""Fast decoding: matrix products for few rows, and CUDA graphs.
+"""Fast decoding and evaluation: matrix products for few rows, weights cast once, and CUDA graphs.
 
 A decoding step takes as long as reading the weights. On a CPU with a C compiler, C kernels read them in place, a whole
 Pythia layer per call; without a compiler, oneDNN reads a copy in its own layout. On a GPU, kernel launches dominate a
@@ -7,6 +7,7 @@ step; once captured in a CUDA graph, all kernels of a step take a single launch.
 
 import functools
 import gc
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -113,6 +114,50 @@ def can_pack(weight: Tensor) -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
     return weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@contextmanager
+def cast_weights_once(model: Any) -> Iterator[None]:
+    """Cast weights once per block, not at every product, under bfloat16 autocast on a CPU without gradients.
+
+    Linear layers then also skip a copy of their bias. Results are the same to the last bit. The weights must not change
+    inside the block. Compiled models are left as they are, since they would be compiled again.
+    """
+    modules = list(model.modules())
+    is_narrow = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    is_usual = not is_narrow or any(part._compiled_call_impl is not None for part in modules)
+    if is_usual or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        modules = []
+    linears = [part for part in modules if type(part) is nn.Linear and "forward" not in vars(part)]
+    is_own = [type(part.weight) is nn.Parameter and can_pack(part.weight) for part in linears]
+    replaced = list(itertools.compress(linears, is_own))  # weights that are sharded are of another type
+    try:
+        for linear in replaced:
+            vars(linear)["forward"] = CastLinear(linear)
+        yield
+    finally:
+        for linear in replaced:
+            vars(linear).pop("forward")
+
+
+class CastLinear:
+    """The `forward` of a linear layer inside `cast_weights_once`; casts the weights at the first call."""
+
+    multiplies_weight = True  # see is_plain_linear
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self.linear = linear
+        self.cast: tuple[Tensor, Tensor | None] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., inputs] to [..., outputs]."""
+        weight, bias = self.linear.weight, self.linear.bias
+        if torch.is_grad_enabled() or not torch.is_autocast_enabled("cpu") or not x.numel():
+            return F.linear(x, weight, bias)
+        if self.cast is None:
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(torch.bfloat16))
+            self.cast = packed, None if bias is None else bias.to(torch.bfloat16)
+        return torch.ops.mkldnn._linear_pointwise.default(x.to(torch.bfloat16), *self.cast, "none", [], "")
 
 
 def choose_step(layer: nn.Module) -> type["FusedPythiaStep | TritonStep"] | None:

@@ -23,6 +23,7 @@ from new_llm.config import PythiaConfig, UserError
 from new_llm.config.sections import section
 from new_llm.models.inputs import IGNORE_INDEX, mark_valid
 from new_llm.models.ops.head_loss import linear_cross_entropy
+from new_llm.models.ops.local_attention import add_parts, normalize
 from new_llm.models.state import LayerMemory, MemoryFacts, choose_rows
 
 
@@ -394,7 +395,7 @@ class Block(AttentionLayer):
 
     def add(self, hidden: Tensor, mixed: Tensor) -> Tensor:
         """Attention(LN1 x) + MLP(LN2 x) + x."""
-        return self.mlp(self.post_attention_layernorm(hidden)) + mixed + hidden
+        return add_parts(self.mlp(normalize(self.post_attention_layernorm, hidden)), mixed, hidden)
 
 
 def check_divides(what: str, number: int, hidden_size: int) -> int:

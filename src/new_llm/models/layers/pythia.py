@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, library, nn
 
 from new_llm.models.layers.base import Attention, Block, Segments, Step, check_divides, register_layer
-from new_llm.models.ops.local_attention import can_split_heads, causal_attention, split_heads
+from new_llm.models.ops.local_attention import attend_heads, can_split_heads, causal_attention, normalize
 from new_llm.models.state import LayerMemory
 
 
@@ -184,10 +184,10 @@ class SoftmaxAttention(RotarySoftmax, Attention):
         if can_split_heads(mixed):
             settings = self.rotary_dim, float(self.rotary_emb_base), torch.float32
             angles = _keep_rotary_table(mixed.shape[1], *settings, mixed.device)
-            attended = causal_attention(*split_heads(mixed, self.num_heads, angles))
+            attended = attend_heads(mixed, self.num_heads, angles)
         else:
-            attended = self.attend(*self.split(mixed))
-        return self.dense(attended.transpose(1, 2).reshape(hidden.shape)), memory
+            attended = self.attend(*self.split(mixed)).transpose(1, 2)
+        return self.dense(attended.reshape(hidden.shape)), memory
 
     def step(self, hidden: Tensor, opened: Any, memory: Any, step: Step) -> tuple[Tensor, Any]:
         """See `Layer.step`."""
@@ -210,6 +210,10 @@ class PythiaLayer(Block):
     """GPT-NeoX's layer: with the same weights it gives the same output as Hugging Face's `GPTNeoXLayer`."""
 
     can_step_in_place = True
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        """See `AttentionLayer.enter`."""
+        return normalize(self.input_layernorm, hidden)
 
     def make_attention(self, options: Any, *sizes: Any) -> SoftmaxAttention:
         """See `Block.make_attention`."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, library
+from torch import Tensor, library, nn
 
 from new_llm.models.ops import kernels
 from new_llm.models.ops.kernels import native
@@ -308,6 +308,37 @@ class _SplitHeads(torch.autograd.Function):
         return native.join_heads(found, [t.contiguous() for t in upstreams], ctx.angles), None, None
 
 
+def attend_heads(mixed: Tensor, num_heads: int, angles: Tensor) -> Tensor:
+    """Causal attention after `split_heads`, [B, S, H K]; short segments take one pass over memory.
+
+    Arguments as in `split_heads`.
+    """
+    if len(mixed) * num_heads * mixed.shape[1] ** 2 >= MIN_SCORES and native.can_attend(mixed, num_heads):
+        return _AttendHeads.apply(mixed, num_heads, angles)
+    return causal_attention(*split_heads(mixed, num_heads, angles)).transpose(1, 2).flatten(2)
+
+
+class _AttendHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mixed: Tensor, num_heads: int, angles: Tensor) -> Tensor:
+        found = native.load_kernels()
+        assert found is not None
+        attended, logsumexp = native.attend_heads(found, mixed, num_heads, angles, keeps=ctx.needs_input_grad[0])
+        ctx.angles = angles
+        ctx.save_for_backward(mixed, logsumexp)
+        return attended
+
+    @staticmethod
+    @kernels.differentiate_once
+    def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        found, (mixed, logsumexp), (upstream,) = native.load_kernels(), ctx.saved_tensors, upstreams
+        assert found is not None
+        q, k, v = native.split_heads(found, mixed, logsumexp.shape[1], ctx.angles)
+        upstream = upstream.unflatten(2, (logsumexp.shape[1], -1)).transpose(1, 2)
+        heads = _attend_backward(q, k, v, logsumexp, upstream)
+        return native.join_heads(found, [t.contiguous() for t in heads], ctx.angles), None, None
+
+
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √K) v, where each token attends to itself and earlier tokens.
 
@@ -396,3 +427,59 @@ _attend.register_autograd(
     lambda ctx, upstream, _: _attend_backward(*ctx.saved_tensors, upstream),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output[1]),
 )
+
+
+# What a block computes between its products
+
+
+def normalize(norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(x) for x that only products read: under bfloat16 autocast on a CPU the result is bfloat16."""
+    if type(norm) is nn.LayerNorm and not norm._forward_hooks and not norm._forward_pre_hooks and is_narrow(x):
+        weights = norm.weight, norm.bias
+        is_wide = all(t is not None and t.dtype == torch.float32 for t in (x, *weights))
+        if is_wide and native.find_kernels(x, *weights) is not None:
+            return _Normalize.apply(x, *weights, norm.eps)
+    return norm(x)
+
+
+def add_parts(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+    """a + b + x, in one pass over memory for bfloat16 a and b and float32 x on a CPU."""
+    if a.dtype == b.dtype == torch.bfloat16 and x.dtype == torch.float32 and native.find_kernels(a, b, x) is not None:
+        return _AddParts.apply(a, b, x)
+    return a + b + x
+
+
+def is_narrow(x: Tensor) -> bool:
+    """Whether products with x on a CPU are under bfloat16 autocast."""
+    is_on = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    return is_on and torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
+class _Normalize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        found = native.load_kernels()
+        assert found is not None
+        y, means, factors = native.normalize_rows(found, x, weight, bias, eps)
+        ctx.save_for_backward(x, means, factors, weight, bias)
+        return y
+
+    @staticmethod
+    @kernels.differentiate_once
+    def backward(ctx: Any, *upstreams: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, *others = ctx.saved_tensors
+        given = upstreams[0].float(), x, x.shape[-1:], *others, ctx.needs_input_grad[:3]
+        return *torch.ops.aten.native_layer_norm_backward(*given), None
+
+
+class _AddParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+        found = native.load_kernels()
+        assert found is not None
+        return native.add_parts(found, a, b, x)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        narrow = upstream.to(torch.bfloat16)
+        return narrow, narrow, upstream

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from new_llm.models.ops.kernels import are_enabled, check_tensor
@@ -41,11 +42,14 @@ MAX_STEP_ROWS = 8
 MAX_CHUNK = 64
 """Maximum number of tokens in a chunk of the delta rule, limited by the arrays in delta.c."""
 MAX_WIDTH, MAX_CONVOLUTION = 128, 8
-"""Maximum widths of a head and of its convolution, limited by the arrays in gated_delta.c and gated_delta_heads.c."""
+"""Maximum widths of a head and of its convolution, limited by arrays in the C files."""
+MAX_TOKENS, LANES = 256, 16
+"""Maximum length of a segment in `attend_heads`, and the number of which its heads' width must be a multiple."""
 RULE_CHUNK = 16
 """Tokens in a chunk of the gated delta rule, CHUNK in gated_delta.c."""
 
-FLAGS = ("-O3", "-march=native", "-std=c11", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+"""In gnu11, unlike c11, compilers may join a product and a sum to one instruction, which makes exp a quarter faster."""
 BUILD_SECONDS = 120
 """Time limit for the compiler."""
 OPENMP_NAMES = ("libgomp", "libiomp5", "libomp")
@@ -112,6 +116,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     for one, other in product(SUFFIXES.values(), repeat=2):
         takes |= {f"scale_rows_{one}_{other}": "ppppnnxi", f"scale_rows_backward_{one}_{other}": "ppppppnni"}
     takes |= {"causal_softmax": "pppnnnnxi", "causal_softmax_backward": "pppnnnnxi", "split_heads": "ppppppnnnnnii"}
+    takes |= {"attend_heads": "pppppnnnnnxi", "normalize_rows": "ppppppnnxi", "add_parts": "ppppni"}
     takes |= {"gated_delta": "p" * 10 + "nnnnni", "gated_delta_backward": "p" * 14 + "nnnnni"}
     takes |= {"convolve_heads": "ppppppnnnnnxxii", "convolve_heads_backward": "pppppppppnnnnnxxii"}
     takes |= {"gate_heads": "ppppnnnnxii", "gate_heads_backward": "pppppppnnnnxii"}
@@ -198,6 +203,29 @@ def split_heads(kernels: ctypes.CDLL, mixed: Tensor, num_heads: int, angles: Ten
     return heads[0], heads[1], heads[2]
 
 
+def can_attend(mixed: Tensor, num_heads: int) -> bool:
+    """Whether `attend_heads` supports segments of this length and heads of this width; for longer ones it is slower."""
+    width = mixed.shape[2] // (3 * num_heads)
+    return width % LANES == 0 and width <= MAX_WIDTH and mixed.shape[1] <= MAX_TOKENS
+
+
+def attend_heads(
+    kernels: ctypes.CDLL, mixed: Tensor, num_heads: int, angles: Tensor, *, keeps: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Attention [B, S, H K] after `split_heads`, and with `keeps` the logsumexp of the scaled scores, [B, H, S]."""
+    batch, length, width = mixed.shape[0], mixed.shape[1], mixed.shape[2] // (3 * num_heads)
+    _check_mixed(mixed, width, num_heads, angles)
+    if not can_attend(mixed, num_heads):
+        raise ValueError(f"{length} tokens and heads of width {width}: no kernel")
+    half = angles.shape[-1] // 2
+    turned = F.pad(angles[..., :half].transpose(1, 2), (0, -length % LANES)).contiguous()
+    out = _empty(batch, length, num_heads * width, dtype=mixed.dtype)
+    logsumexp = _empty(batch, num_heads, length) if keeps else None
+    sizes = (batch, length, num_heads, width, half)
+    _call(kernels, "attend_heads", None, mixed, *turned.unbind(), out, logsumexp, *sizes, width**-0.5)
+    return out, logsumexp
+
+
 def join_heads(kernels: ctypes.CDLL, heads: Sequence[Tensor], angles: Tensor) -> Tensor:
     """Backward of `split_heads`: the gradient of `mixed`, from those of q, k and v."""
     batch, num_heads, length, width = heads[0].shape
@@ -208,14 +236,19 @@ def join_heads(kernels: ctypes.CDLL, heads: Sequence[Tensor], angles: Tensor) ->
 
 def _move_heads(kernels: ctypes.CDLL, mixed: Tensor, heads: Sequence[Tensor], angles: Tensor, *, back: bool) -> None:
     batch, num_heads, length, width = heads[0].shape
-    check_tensor("mixed", mixed, (batch, length, num_heads * 3 * width), torch.bfloat16)
+    _check_mixed(mixed, width, num_heads, angles)
     for name, t in zip("qkv", heads, strict=True):
-        check_tensor(name, t, heads[0].shape, torch.bfloat16)
+        check_tensor(name, t, (batch, num_heads, length, width), torch.bfloat16)
+    sizes = (batch, length, num_heads, width, angles.shape[-1])
+    _call(kernels, "split_heads", None, mixed, *heads, *angles.unbind(), *sizes, int(back))
+
+
+def _check_mixed(mixed: Tensor, width: int, num_heads: int, angles: Tensor) -> None:
+    batch, length = mixed.shape[:2]
+    check_tensor("mixed", mixed, (batch, length, num_heads * 3 * width), torch.bfloat16)
     check_tensor("angles", angles, (2, length, angles.shape[-1]), torch.float32)
     if angles.shape[-1] % 2 or angles.shape[-1] > width:
         raise ValueError(f"angles: {angles.shape[-1]} rotated dimensions for heads of width {width}")
-    sizes = (batch, length, num_heads, width, angles.shape[-1])
-    _call(kernels, "split_heads", None, mixed, *heads, *angles.unbind(), *sizes, int(back))
 
 
 # Scaling rows to given lengths, and the delta rule
@@ -246,6 +279,27 @@ def scale_rows_backward(
     name, sizes = f"scale_rows_backward_{SUFFIXES[x.dtype]}", (norms.numel(), x.shape[-1])
     _call(kernels, name, upstream.dtype, x, lengths, norms, upstream, for_x, for_lengths, *sizes)
     return for_x, for_lengths
+
+
+def normalize_rows(
+    kernels: ctypes.CDLL, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm in bfloat16 of float32 rows x [..., D], and the means and 1 / standard deviations, [..., 1]."""
+    for name, t, shape in (("x", x, x.shape), ("weight", weight, x.shape[-1:]), ("bias", bias, x.shape[-1:])):
+        check_tensor(name, t, shape, torch.float32)
+    y, means, factors = _empty(*x.shape, dtype=torch.bfloat16), _empty(*x.shape[:-1], 1), _empty(*x.shape[:-1], 1)
+    sizes = (means.numel(), x.shape[-1])
+    _call(kernels, "normalize_rows", None, x, weight, bias, y, means, factors, *sizes, eps)
+    return y, means, factors
+
+
+def add_parts(kernels: ctypes.CDLL, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+    """x + (a + b) in float32, for x float32 and a and b bfloat16."""
+    for name, t, dtype in (("a", a, torch.bfloat16), ("b", b, torch.bfloat16), ("x", x, torch.float32)):
+        check_tensor(name, t, x.shape, dtype)
+    total = torch.empty_like(x)
+    _call(kernels, "add_parts", None, a, b, x, total, x.numel())
+    return total
 
 
 def solve_chunks(kernels: ctypes.CDLL, products: Tensor, strengths: Tensor | None, dtype: torch.dtype) -> Tensor:

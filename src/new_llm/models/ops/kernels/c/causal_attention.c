@@ -92,3 +92,100 @@ void split_heads(bf16 *mixed, bf16 *q, bf16 *k, bf16 *v, const float *cosines, c
                 }
             }
 }
+
+#define TOKENS 256 /* MAX_TOKENS in native.py */
+#define WIDEST 128 /* MAX_WIDTH in native.py */
+#define KEYS 8     /* keys whose scores are summed at once */
+
+static const signs lane_numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+/* Transposes a square of 16 vectors: swaps blocks of 8, 4, 2 and 1. */
+static inline void transpose_square(vec *x) {
+    _Pragma("GCC unroll 4") for (int reach = LANES / 2; reach; reach /= 2) {
+        signs upper = (lane_numbers & reach) / reach, low = lane_numbers + upper * (LANES - reach);
+        signs high = lane_numbers + reach + upper * (LANES - reach);
+        _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++) {
+            if (i & reach) continue;
+            vec a = x[i], b = x[i + reach];
+            x[i] = __builtin_shuffle(a, b, low);
+            x[i + reach] = __builtin_shuffle(a, b, high);
+        }
+    }
+}
+
+/* to [width, stride] <- `count` rows of queries or keys at x, `step` numbers apart, as columns; rotated by the columns of
+   cosines and sines [half, stride]. */
+static inline void load_turned(float *to, int64_t stride, const bf16 *x, int64_t step, int64_t count, int64_t width,
+                               const float *cosines, const float *sines, int64_t half, int64_t turned) {
+    for (int64_t j = 0; j < width; j += LANES) {
+        vec square[LANES];
+        for (int64_t i = 0; i < LANES; i++) square[i] = i < count ? load_bf16(x + i * step + j) : (vec){0};
+        transpose_square(square);
+        for (int64_t i = 0; i < LANES; i++) *(vec *)(to + (j + i) * stride) = square[i];
+    }
+    for (int64_t i = 0; i < half; i++) {
+        vec *one = (vec *)(to + i * stride), *two = (vec *)(to + (half + i) * stride), a = *one, b = *two;
+        vec cosine = *(const vec *)(cosines + i * turned), sine = *(const vec *)(sines + i * turned);
+        *one = round_bf16(a * cosine - b * sine);
+        *two = round_bf16(b * cosine + a * sine);
+    }
+}
+
+/* Attention of mixed [rows, tokens, heads, 3 width] with rotated queries and keys, as split_heads and causal_softmax
+   have it: out [rows, tokens, heads, width], and logsumexp [rows, heads, tokens] unless that is NULL. Sixteen queries
+   are the lanes of a vector. cosines, sines: [half, tokens to whole vectors]. */
+void attend_heads(const bf16 *mixed, const float *cosines, const float *sines, bf16 *out, float *logsumexp, int64_t rows,
+                  int64_t tokens, int64_t heads, int64_t width, int64_t half, float scale, int threads) {
+    int64_t padded = (tokens + LANES - 1) / LANES * LANES, step = 3 * heads * width;
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t head = 0; head < heads; head++) {
+            float keys[WIDEST * TOKENS], values[WIDEST * TOKENS], queries[WIDEST * LANES], scores[TOKENS * LANES];
+            const bf16 *from = mixed + row * tokens * step + head * 3 * width;
+            for (int64_t begin = 0; begin < tokens; begin += LANES) {
+                int64_t count = tokens - begin < LANES ? tokens - begin : LANES, seen = begin + LANES;
+                load_turned(queries, LANES, from + begin * step, step, count, width, cosines + begin, sines + begin,
+                            half, padded);
+                load_turned(keys + begin, padded, from + begin * step + width, step, count, width, cosines + begin,
+                            sines + begin, half, padded);
+                for (int64_t t = begin; t < seen; t++)
+                    for (int64_t j = 0; j < width; j += LANES)
+                        *(vec *)(values + t * width + j) =
+                            t < tokens ? load_bf16(from + t * step + 2 * width + j) : (vec){0};
+                vec top = (vec){0} - INFINITY, total = {0};
+                for (int64_t j = 0; j < seen; j += KEYS) {
+                    vec sums[KEYS] = {0};
+                    for (int64_t k = 0; k < width; k++)
+                        for (int b = 0; b < KEYS; b++)
+                            sums[b] += *(vec *)(queries + k * LANES) * keys[k * padded + j + b];
+                    for (int b = 0; b < KEYS; b++) {
+                        vec x = scale * round_bf16(sums[b]);
+                        if (j + KEYS > begin) x = choose(lane_numbers >= (int32_t)(j + b - begin), x, (vec){0} - INFINITY);
+                        top = choose(x > top, x, top);
+                        *(vec *)(scores + (j + b) * LANES) = x;
+                    }
+                }
+                for (int64_t j = 0; j < seen; j++) {
+                    vec x = *(vec *)(scores + j * LANES), p = exp_vec(x - top);
+                    if (j >= begin) p = choose(x == (vec){0} - INFINITY, (vec){0}, p);
+                    total += p;
+                    *(vec *)(scores + j * LANES) = p;
+                }
+                vec factor = 1.0f / total;
+                for (int64_t j = 0; j < seen; j++)
+                    *(vec *)(scores + j * LANES) = round_bf16(factor * *(vec *)(scores + j * LANES));
+                for (int64_t d = 0; d < width; d += LANES) {
+                    vec sums[LANES] = {0};
+                    for (int64_t j = 0; j < seen; j++)
+                        for (int i = 0; i < LANES; i++)
+                            sums[i] += *(vec *)(scores + j * LANES) * values[j * width + d + i];
+                    transpose_square(sums);
+                    for (int64_t i = 0; i < count; i++)
+                        store_bf16(out + ((row * tokens + begin + i) * heads + head) * width + d, sums[i]);
+                }
+                if (logsumexp)
+                    for (int64_t i = 0; i < count; i++)
+                        logsumexp[(row * heads + head) * tokens + begin + i] = top[i] + logf(total[i]);
+            }
+        }
+}
