@@ -132,25 +132,24 @@ def _differentiate_solution(
     return below + below.transpose(-1, -2), for_beta / beta
 
 
-def _fade(memory: Tensor, rest: Tensor, retained: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """M₀ + w (M − M₀) in `dtype`, for M [B, H, K, V], M₀ [H, K, V] and w [B, H] (None: 1)."""
-    found = _find_movers(memory, dtype)
+def _fade(memory: Tensor, rest: Tensor, retained: Tensor, narrow: Tensor) -> None:
+    """narrow ← M₀ + w (M − M₀), for M [B, H, K, V], M₀ [H, K, V] and w [B, H]."""
+    found = _find_movers(memory, narrow.dtype)
     if found is not None:
-        narrow = torch.empty_like(memory, dtype=dtype)
         native.move_memories(found, memory, rest, retained, None, narrow)
-        return narrow
-    return (memory if retained is None else torch.lerp(rest, memory, retained[..., None, None])).to(dtype)
+    else:
+        narrow.copy_(torch.lerp(rest, memory, retained[..., None, None]))
 
 
-def _write(memory: Tensor, rest: Tensor, retained: Tensor | None, product: Tensor) -> tuple[Tensor, Tensor]:
-    """M₀ + w (M − M₀) + P, once in M's dtype and once in P's."""
+def _write(memory: Tensor, rest: Tensor, retained: Tensor | None, product: Tensor, narrow: Tensor) -> Tensor:
+    """M₀ + w (M − M₀) + P in M's dtype; w None: 1. Also written to `narrow`, in P's dtype."""
     found = _find_movers(memory, product.dtype)
     if found is not None:
-        narrow = torch.empty_like(product)
         wide = native.move_memories(found, memory, rest, retained, product, narrow)
-        return narrow if wide is None else wide, narrow
-    memory = _fade(memory, rest, retained, memory.dtype) + product
-    return memory, memory.to(product.dtype)
+        return narrow if wide is None else wide
+    memory = (memory if retained is None else torch.lerp(rest, memory, retained[..., None, None])) + product
+    narrow.copy_(memory)
+    return memory
 
 
 def _retreat(
@@ -162,17 +161,17 @@ def _retreat(
     retained: Tensor | None,
     for_retained: Tensor | None,
     for_rest: Tensor,
-) -> Tensor:
-    """The backward of `_write`: G ← w (G − P) + R in place; also returned, in M's dtype.
+    narrow: Tensor,
+) -> None:
+    """The backward of `_write`: G ← w (G − P) + R in place; also written to `narrow`, in M's dtype.
 
     w' = Σ (M − M₀) (G − P) goes to `for_retained`, and (1 − w) (G − P) is added to `for_rest`. P is `product`, R is
     `added`.
     """
     found = _find_movers(g, memory.dtype)
     if found is not None:
-        narrow = g if memory.dtype == g.dtype else torch.empty_like(memory)
         native.retreat_memories(found, g, product, added, memory, rest, retained, for_retained, for_rest, narrow)
-        return narrow
+        return
     if product is not None:
         g.sub_(product)
     if retained is not None and for_retained is not None:
@@ -181,7 +180,7 @@ def _retreat(
         g.mul_(retained[..., None, None])
     if added is not None:
         g.add_(added)
-    return g.to(memory.dtype)
+    narrow.copy_(g)
 
 
 def _find_movers(memory: Tensor, dtype: torch.dtype) -> CDLL | None:
@@ -209,6 +208,13 @@ def _chain_pieces(
     return q @ found.flatten(2, 3), end.view_as(change)
 
 
+def _list_read(states: Tensor, num_segments: int) -> Tensor:
+    """The memory that each of n segments reads, [n B, H K, V], from the states [w + 1, B, H, K, V]."""
+    if num_segments > len(states):  # segments that are not written all read the last state
+        states = states[torch.arange(num_segments, device=states.device).clamp(max=len(states) - 1)]
+    return states[:num_segments].flatten(0, 1).flatten(1, 2)
+
+
 class _Scan(torch.autograd.Function):
     """W of all pieces, the recurrence over pieces, and the reads.
 
@@ -227,58 +233,54 @@ class _Scan(torch.autograd.Function):
         `scan_delta_rule`.
         """
         num_writes, num_pieces, dtype = *k.shape[:2], q.dtype
-        beta, rest = beta.clamp(min=LEAST_STRENGTH), rest.contiguous()
+        beta, rest, q = beta.clamp(min=LEAST_STRENGTH), rest.contiguous(), q.contiguous()
         retained = decay.transpose(0, 1).contiguous()
         solved, products = _solve_writes(k, beta, dtype)
         keys = k.to(dtype)
         writes = keys.transpose(-1, -2) @ solved
         errors = v.unsqueeze(3).expand(*k.shape[:-1], v.shape[-1]).clone(memory_format=torch.contiguous_format)
-        steps = [t.flatten(2, 3).flatten(0, 1) for t in (keys, writes, errors)]  # [w m, B H, …]
-        reads = q.new_empty(*q.shape[:3], v.shape[-1])
         held = rest + change
-        states, pieces = [held.to(dtype)], []  # M before each segment, and before each piece
-        for index, query in enumerate(q):
-            torch.bmm(query, states[-1].flatten(1, 2), out=reads[index])
-            if index >= num_writes:
-                continue
-            narrow = states[-1]
-            for piece in range(num_pieces):
-                key, write, error = (t[index * num_pieces + piece] for t in steps)
-                left = None if piece else retained[index]
-                pieces.append(narrow if left is None else _fade(held, rest, left, dtype))
-                error.baddbmm_(key, pieces[-1].flatten(0, 1), alpha=-1)
-                held, narrow = _write(held, rest, left, torch.bmm(write, error).view_as(held))
-            states.append(narrow)
-        ctx.save_for_backward(q, k, beta, writes, solved, products, errors, rest, retained, *states, *pieces)
-        return reads, held - rest
+        # M before each segment and after the last write, and before each piece
+        states, pieces = (q.new_empty(number, *held.shape) for number in (num_writes + 1, num_writes * num_pieces))
+        states[0] = held
+        steps = (t.flatten(2, 3).flatten(0, 1).unbind() for t in (keys, writes, errors))  # [B H, …] for each piece
+        for place, (key, write, error, piece) in enumerate(zip(*steps, pieces.unbind(), strict=True)):
+            index, number = divmod(place, num_pieces)
+            left = None if number else retained[index]
+            if left is not None:
+                _fade(held, rest, left, piece)
+            error.baddbmm_(key, piece.flatten(0, 1), alpha=-1)
+            narrow = pieces[place + 1] if number + 1 < num_pieces else states[index + 1]
+            held = _write(held, rest, left, torch.bmm(write, error).view_as(held), narrow)
+        ctx.save_for_backward(q, k, beta, writes, solved, products, errors, rest, retained, states, pieces)
+        return (q.flatten(0, 1) @ _list_read(states, len(q))).unflatten(0, q.shape[:2]), held - rest
 
     @staticmethod
     @kernels.differentiate_once
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, beta, writes, solved, products, errors, rest, retained, *states = ctx.saved_tensors
+        q, k, beta, writes, solved, products, errors, rest, retained, states, pieces = ctx.saved_tensors
         for_reads, g = upstreams
-        num_writes, num_pieces = k.shape[:2]
-        states, pieces, keys = states[: num_writes + 1], states[num_writes + 1 :], k.to(q.dtype)
-        for_q, for_k, for_writes, for_errors = (torch.empty_like(t) for t in (q, keys, writes, errors))
+        (num_writes, num_pieces), keys, for_reads = k.shape[:2], k.to(q.dtype), for_reads.flatten(0, 1)
+        for_q = (for_reads @ _list_read(states, len(q)).transpose(1, 2)).view_as(q)
+        added = (q.flatten(0, 1).transpose(1, 2) @ for_reads).view(len(q), *g.shape)
+        for_errors, above = torch.empty_like(errors), q.new_empty(len(pieces) + 1, *g.shape)  # G after each piece
         g, for_rest, for_retained = g.clone(memory_format=torch.contiguous_format), -g, torch.empty_like(retained)
-        narrow = g.to(q.dtype)
-        steps = [t.flatten(2, 3).flatten(0, 1) for t in (keys, writes, errors, for_k, for_writes, for_errors)]
+        above[-1] = g
+        steps = [t.flatten(2, 3).flatten(0, 1).unbind() for t in (keys, writes, for_errors)]
         for index in reversed(range(len(q))):
             state, product, left, into = states[min(index, num_writes)], None, None, None
-            added = torch.bmm(q[index].transpose(1, 2), for_reads[index]).view_as(state)
-            torch.bmm(for_reads[index], state.flatten(1, 2).transpose(1, 2), out=for_q[index])
             if index < num_writes:
                 left, into = retained[index], for_retained[index]
-                for piece in reversed(range(num_pieces)):
-                    place, above = index * num_pieces + piece, narrow.flatten(0, 1)
-                    key, write, error, for_key, for_write, for_error = (t[place] for t in steps)
-                    torch.bmm(write.transpose(1, 2), above, out=for_error)
-                    torch.bmm(above, error.transpose(1, 2), out=for_write)
-                    torch.bmm(for_error, pieces[place].flatten(0, 1).transpose(1, 2), out=for_key)
+                for place in reversed(range(index * num_pieces, (index + 1) * num_pieces)):
+                    key, write, for_error = (t[place] for t in steps)
+                    torch.bmm(write.transpose(1, 2), above[place + 1].flatten(0, 1), out=for_error)
                     product = torch.bmm(key.transpose(1, 2), for_error).view_as(state)
-                    if piece:
-                        narrow = _retreat(g, product, None, state, rest, None, None, for_rest)
-            narrow = _retreat(g, product, added, state, rest, left, into, for_rest)
+                    if place % num_pieces:
+                        _retreat(g, product, None, state, rest, None, None, for_rest, above[place])
+            narrow = above[min(index, num_writes) * num_pieces]
+            _retreat(g, product, added[index], state, rest, left, into, for_rest, narrow)
+        for_writes = above[1:].unflatten(0, k.shape[:2]) @ errors.transpose(-1, -2)
+        for_k = for_errors @ pieces.unflatten(0, k.shape[:2]).transpose(-1, -2)
         through = solved @ for_writes.transpose(-1, -2)  # Z
         below = writes.transpose(-1, -2) @ through.transpose(-1, -2)  # −diag(β) A'
         symmetric, for_beta = _differentiate_solution(below, products, beta, for_writes, writes)
