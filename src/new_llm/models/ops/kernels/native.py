@@ -204,9 +204,12 @@ def split_heads(kernels: ctypes.CDLL, mixed: Tensor, num_heads: int, angles: Ten
 
 
 def can_attend(mixed: Tensor, num_heads: int) -> bool:
-    """Whether `attend_heads` supports segments of this length and heads of this width; for longer ones it is slower."""
-    width = mixed.shape[2] // (3 * num_heads)
-    return width % LANES == 0 and width <= MAX_WIDTH and mixed.shape[1] <= MAX_TOKENS
+    """Whether `attend_heads` supports segments of this length and heads of this width; for longer ones it is slower.
+
+    It also is where a processor's vectors are shorter than the kernel's.
+    """
+    width, is_wide = mixed.shape[2] // (3 * num_heads), torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return is_wide and width % LANES == 0 and width <= MAX_WIDTH and mixed.shape[1] <= MAX_TOKENS
 
 
 def attend_heads(

@@ -99,8 +99,14 @@ void split_heads(bf16 *mixed, bf16 *q, bf16 *k, bf16 *v, const float *cosines, c
 
 static const signs lane_numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-/* Transposes a square of 16 vectors: swaps blocks of 8, 4, 2 and 1. */
+/* Transposes a square of 16 vectors: swaps blocks of 8, 4, 2 and 1, or where shuffles need constants, single numbers. */
 static inline void transpose_square(vec *x) {
+#ifdef __clang__
+    float turned[LANES * LANES];
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < LANES; j++) turned[j * LANES + i] = x[i][j];
+    memcpy(x, turned, sizeof turned);
+#else
     _Pragma("GCC unroll 4") for (int reach = LANES / 2; reach; reach /= 2) {
         signs upper = (lane_numbers & reach) / reach, low = lane_numbers + upper * (LANES - reach);
         signs high = lane_numbers + reach + upper * (LANES - reach);
@@ -111,6 +117,7 @@ static inline void transpose_square(vec *x) {
             x[i + reach] = __builtin_shuffle(a, b, high);
         }
     }
+#endif
 }
 
 /* to [width, stride] <- `count` rows of queries or keys at x, `step` numbers apart, as columns; rotated by the columns of
