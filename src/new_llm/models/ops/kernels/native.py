@@ -42,7 +42,7 @@ MAX_STEP_ROWS = 8
 MAX_CHUNK = 64
 """Maximum number of tokens in a chunk of the delta rule, limited by the arrays in delta.c."""
 MAX_WIDTH, MAX_CONVOLUTION = 128, 8
-"""Maximum widths of a head and of its convolution, limited by arrays in the C files."""
+"""Maximum widths of a gated delta layer's heads and convolution, limited by the arrays in gated_delta*.c."""
 MAX_TOKENS, LANES = 256, 16
 """Maximum length of a segment in `attend_heads`, and the number of which its heads' width must be a multiple."""
 RULE_CHUNK = 16

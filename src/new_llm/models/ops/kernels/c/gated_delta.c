@@ -7,7 +7,6 @@
 #include "kernels.h"
 
 #define CHUNK 16
-#define WIDEST 128 /* MAX_WIDTH in native.py */
 #define TILE 8
 
 typedef float rows[CHUNK * WIDEST];
@@ -16,7 +15,7 @@ typedef float square[CHUNK * CHUNK];
 
 static inline int64_t pad(int64_t width) { return (width + LANES - 1) / LANES * LANES; }
 
-/* c (+)= a b, for c [m, n] and b [depth, n] by rows, a_ip at a[i * row + p * step]; m and n are multiples of 16. */
+/* c (+)= a b, for c [m, n] and b [depth, n] by rows, a_ip at a[i * row + p * step]; m is a multiple of TILE, n of LANES. */
 static inline __attribute__((always_inline)) void multiply(float *c, const float *a, int64_t row, int64_t step,
                                                            const float *b, int64_t m, int64_t n, int64_t depth,
                                                            int is_added) {

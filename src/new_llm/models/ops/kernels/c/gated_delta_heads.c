@@ -3,8 +3,7 @@
 #include "kernels.h"
 
 #define BLOCK 32
-#define WIDEST 128 /* MAX_WIDTH in native.py */
-#define LONGEST 8  /* MAX_CONVOLUTION in native.py */
+#define LONGEST 8 /* MAX_CONVOLUTION in native.py */
 
 typedef float taps[LONGEST][WIDEST];
 

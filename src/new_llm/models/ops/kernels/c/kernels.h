@@ -7,6 +7,7 @@
 typedef uint16_t bf16;
 
 #define LANES 16
+#define WIDEST 128 /* MAX_WIDTH in native.py, of a gated delta layer's heads */
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
 typedef int32_t signs __attribute__((vector_size(4 * LANES)));
