@@ -126,7 +126,8 @@ def cast_weights_once(model: Any) -> Iterator[None]:
     modules = list(model.modules())
     is_narrow = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     is_usual = not is_narrow or any(part._compiled_call_impl is not None for part in modules)
-    if is_usual or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    has_mkldnn = torch.backends.mkldnn.is_available()
+    if is_usual or not has_mkldnn or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         modules = []
     linears = [part for part in modules if type(part) is nn.Linear and "forward" not in vars(part)]
     is_own = [type(part.weight) is nn.Parameter and can_pack(part.weight) for part in linears]
