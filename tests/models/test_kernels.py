@@ -89,6 +89,25 @@ def test_gated_delta_heads_are_as_by_torch_in_float64(length, heads, width, size
 
 
 @needs_compiler
+@pytest.mark.parametrize("width", [8, 40, 128])
+def test_what_a_block_computes_between_products_is_as_by_torch_in_float64(width):
+    """LayerNorm, rounded to bfloat16 under autocast, and the sum of a block's parts; with all gradients."""
+    norm, parts = nn.LayerNorm(width), [draw(3, 5, width, seed=seed, dtype=torch.float32) for seed in range(3)]
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        del norm.weight, norm.bias
+        norm.weight, norm.bias = weight, bias
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return local_attention.normalize(norm, x)
+
+    given = [parts[0], parts[1][0, 0], parts[2][0, 0]]
+    exact = [t.double() for t in given]
+    assert_same(run, lambda x, w, b: F.layer_norm(x, (width,), w, b), given, 0.01, exact=exact)
+    given = [parts[0].bfloat16(), parts[1].bfloat16(), parts[2]]
+    assert_same(local_attention.add_parts, lambda *t: sum(t), given, 0.01, exact=[t.double() for t in given])
+
+
+@needs_compiler
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_the_default_dtype_has_no_say(default):
     """Each of these writes to a tensor of its own making, which is float32 whatever torch's default is."""
@@ -281,11 +300,15 @@ def test_the_kernels_read_and_write_nothing_but_their_tensors(tmp_path):
         pytest.skip("this compiler has no address sanitizer")
     here = Path(__file__).parent
     files = [str(here / "test_loss.py"), str(here.parent / "generation/test_step_weights.py")]
-    mine = ("test_the_default_dtype_has_no_say", "test_causal_attention_in_bfloat16_is_near_torch_s_in_float64",
-            "test_heads_are_split_and_rotated_as_by_torch_in_float64",
-            "test_gated_delta_heads_are_as_by_torch_in_float64")  # fmt: skip
+    mine = (
+        test_the_default_dtype_has_no_say,
+        test_causal_attention_in_bfloat16_is_near_torch_s_in_float64,
+        test_heads_are_rotated_and_attend_as_by_torch_in_float64,
+        test_gated_delta_heads_are_as_by_torch_in_float64,
+        test_what_a_block_computes_between_products_is_as_by_torch_in_float64,
+    )
     files += [f"{here / 'test_memory_ops.py'}::test_chunks_equal_the_rule_with_all_gradients"]
-    files += [f"{__file__}::{name}" for name in mine]
+    files += [f"{__file__}::{test.__name__}" for test in mine]
     environment = {
         "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0",
