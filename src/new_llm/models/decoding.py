@@ -9,7 +9,7 @@ import functools
 import gc
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -30,6 +30,7 @@ from new_llm.models.ops.kernels.native import (
     can_run_compiled,
     is_plain_call,
 )
+from new_llm.models.ops.local_attention import is_narrow
 from new_llm.models.state import MemoryState
 
 MAX_PACKED_ROWS = 8
@@ -65,16 +66,21 @@ class DecodingWeights:
             *((layer, "step", step(cast(Block, layer))) for layer in model.modules() if (step := choose_step(layer))),
         ]
 
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
+    def in_use(self) -> AbstractContextManager[None]:
         """Use the replacements inside the block. Blocks of one model must not overlap."""
-        try:
-            for module, name, replacement in self.replaced:
-                vars(module)[name] = replacement
-            yield
-        finally:
-            for module, name, _ in self.replaced:
-                vars(module).pop(name, None)
+        return replace_methods(self.replaced)
+
+
+@contextmanager
+def replace_methods(replacements: list[tuple[nn.Module, str, Any]]) -> Iterator[None]:
+    """Give modules other methods inside the block: the module, the method's name, and what is called instead."""
+    try:
+        for module, name, replacement in replacements:
+            vars(module)[name] = replacement
+        yield
+    finally:
+        for module, name, _ in replacements:
+            vars(module).pop(name, None)
 
 
 def choose_forward(linear: nn.Linear, num_rows: int, packs: bool) -> Forward | None:
@@ -107,38 +113,28 @@ def choose_forward(linear: nn.Linear, num_rows: int, packs: bool) -> Forward | N
     return forward
 
 
-def can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN can pack this weight on this machine."""
+def can_pack(weight: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether oneDNN can pack this weight, cast to `dtype` (None: as it is), on this machine."""
     if weight.device.type != "cpu" or weight.dtype not in PACKED_DTYPES or weight.is_inference():
         return False
     if not torch.backends.mkldnn.is_available():
         return False
-    return weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (dtype or weight.dtype) == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-@contextmanager
-def cast_weights_once(model: Any) -> Iterator[None]:
+def cast_weights_once(model: Any) -> AbstractContextManager[None]:
     """Cast weights once per block, not at every product, under bfloat16 autocast on a CPU without gradients.
 
     Linear layers then also skip a copy of their bias. Results are the same to the last bit. The weights must not change
     inside the block. Compiled models are left as they are, since they would be compiled again.
     """
     modules = list(model.modules())
-    is_narrow = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    is_usual = not is_narrow or any(part._compiled_call_impl is not None for part in modules)
-    has_mkldnn = torch.backends.mkldnn.is_available()
-    if is_usual or not has_mkldnn or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not is_narrow("cpu") or any(part._compiled_call_impl is not None for part in modules):
         modules = []
     linears = [part for part in modules if type(part) is nn.Linear and "forward" not in vars(part)]
-    is_own = [type(part.weight) is nn.Parameter and can_pack(part.weight) for part in linears]
-    replaced = list(itertools.compress(linears, is_own))  # weights that are sharded are of another type
-    try:
-        for linear in replaced:
-            vars(linear)["forward"] = CastLinear(linear)
-        yield
-    finally:
-        for linear in replaced:
-            vars(linear).pop("forward")
+    # weights that are sharded are of another type
+    is_own = [type(part.weight) is nn.Parameter and can_pack(part.weight, torch.bfloat16) for part in linears]
+    return replace_methods([(one, "forward", CastLinear(one)) for one in itertools.compress(linears, is_own)])
 
 
 class CastLinear:

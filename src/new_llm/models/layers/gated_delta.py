@@ -125,10 +125,7 @@ class GatedDeltaAttention(Attention):
                 kept = self.convolution.keep(inputs, memory.inputs, counts)
             rates = beta.transpose(1, 2), log_decay.transpose(1, 2)
             reads, written = gated_delta_rule(q, k, v, *rates, memory.memories[:, 0], num_written=num_written)
-            mixed = None if gate is None else gate_heads(reads, self.norm.weight, gate, EPSILON)
-            if mixed is None:
-                mixed = self.norm(reads.transpose(1, 2).to(self.norm.weight.dtype)).flatten(2)
-                mixed = mixed if gate is None else mixed * F.silu(gate)
+            mixed = gate_heads(reads, self.norm.weight, gate, EPSILON)
         return self.dense(mixed), GatedDeltaMemory(written.unsqueeze(1), kept, memory.num_tokens + counts)
 
     def _split_heads(self, x: Tensor, before: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,7 +34,7 @@ from new_llm.models.ops.local_attention import LEAST_NORM
 from new_llm.models.ops.memory import sum_prefixes
 
 CHUNK_LENGTH = 32
-"""C on a CPU, found by measurement: longer chunks mean fewer steps, but more work inside a chunk."""
+"""C on a CPU without kernels, found by measurement: longer chunks mean fewer steps, but more work inside a chunk."""
 GPU_CHUNK_LENGTH = 64
 """C on a GPU, where the number of sequential steps dominates."""
 FLA_KEY_SIZE = 256
@@ -172,20 +172,21 @@ class _ConvolvedHeads(torch.autograd.Function):
         return None, *native.convolve_heads_backward(ctx.kernels, *given), None, None
 
 
-def gate_heads(reads: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor | None:
-    """RMSNorm(reads) SiLU(gate), [B, T, H V] in the dtype of `gate`; None if no kernel supports the arguments.
+def gate_heads(reads: Tensor, weight: Tensor, gate: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm(reads) SiLU(gate), [B, T, H V].
 
     Args:
-        reads: [B, H, T, V] float32.
-        weight: the norm's, [V] float32.
-        gate: [B, T, H V], float32 or bfloat16.
+        reads: [B, H, T, V].
+        weight: the norm's, [V].
+        gate: [B, T, H V]; None: 1.
         eps: the norm's, added to the mean square.
     """
-    is_supported = gate.dtype in native.SUFFIXES and weight.dtype == torch.float32
-    found = find_rule_kernel(reads.dtype, reads.device, len(weight)) if is_supported else None
-    if found is None:
-        return None
-    return _GatedHeads.apply(found, reads.contiguous(), weight.contiguous(), gate.contiguous(), eps)
+    if gate is not None and gate.dtype in native.SUFFIXES and weight.dtype == torch.float32:
+        found = find_rule_kernel(reads.dtype, reads.device, len(weight))
+        if found is not None:
+            return _GatedHeads.apply(found, reads.contiguous(), weight.contiguous(), gate.contiguous(), eps)
+    mixed = F.rms_norm(reads.transpose(1, 2).to(weight.dtype), weight.shape, weight, eps).flatten(2)
+    return mixed if gate is None else mixed * F.silu(gate)
 
 
 class _GatedHeads(torch.autograd.Function):

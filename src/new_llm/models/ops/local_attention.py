@@ -434,7 +434,12 @@ _attend.register_autograd(
 
 def normalize(norm: nn.Module, x: Tensor) -> Tensor:
     """norm(x) for x that only products read: under bfloat16 autocast on a CPU the result is bfloat16."""
-    if type(norm) is nn.LayerNorm and not norm._forward_hooks and not norm._forward_pre_hooks and is_narrow(x):
+    if (
+        type(norm) is nn.LayerNorm
+        and not norm._forward_hooks
+        and not norm._forward_pre_hooks
+        and is_narrow(x.device.type)
+    ):
         weights = norm.weight, norm.bias
         is_wide = all(t is not None and t.dtype == torch.float32 for t in (x, *weights))
         if is_wide and native.find_kernels(x, *weights) is not None:
@@ -449,10 +454,9 @@ def add_parts(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
     return a + b + x
 
 
-def is_narrow(x: Tensor) -> bool:
-    """Whether products with x on a CPU are under bfloat16 autocast."""
-    is_on = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
-    return is_on and torch.get_autocast_dtype("cpu") == torch.bfloat16
+def is_narrow(kind: str) -> bool:
+    """Whether products on a device of this kind are under bfloat16 autocast on a CPU."""
+    return kind == "cpu" and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
 
 
 class _Normalize(torch.autograd.Function):
