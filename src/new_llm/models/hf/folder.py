@@ -37,7 +37,7 @@ def find_checkpoint(name_or_directory: str | Path, revision: str | None = None) 
     """The local directory of a checkpoint: the one given, or that of a hub repository, downloaded if necessary.
 
     Raises:
-        UserError: there is no such directory or repository, or the hub can't be reached and nothing is cached.
+        UserError: there is no such directory or repository, or the hub is out of reach and nothing is cached.
     """
     name = str(name_or_directory)
     path = Path(name).expanduser()
@@ -68,7 +68,9 @@ def find_checkpoint(name_or_directory: str | Path, revision: str | None = None) 
     except Exception as error:  # huggingface_hub raises whatever its transport raises
         raise UserError(f"{name} could not be loaded: {describe_failure(error)}; {INSTEAD}") from None
     if not isinstance(cached, str):
-        raise UserError(f"{name} is not cached and the hub at {hub_endpoint()} can't be reached: {INSTEAD}")
+        raise UserError(
+            f"{name} is not a directory, is not cached here, and the hub at {hub_endpoint()} is out of reach; {INSTEAD}"
+        )
     return Path(cached).parent
 
 
