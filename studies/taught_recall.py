@@ -31,7 +31,7 @@ from new_llm.data.recall_facts import ANSWER, TEXT, SamplePlanter
 from new_llm.evaluation import MEASURES, evaluate_streaming
 from new_llm.evaluation.measure import Subject
 from new_llm.evaluation.recall import TASKS
-from new_llm.evaluation.statistics import DocumentLosses, compare_models, find_share_interval
+from new_llm.evaluation.statistics import DocumentLosses, compare_models, find_share_interval, find_t_interval
 from new_llm.experiments.run_folder import read_json, write_json
 from new_llm.experiments.subject import load_any_model
 from new_llm.models import TransformerLM
@@ -283,7 +283,11 @@ def measure(run: str, seed: int) -> dict[str, Any]:
 
 
 def summarize(results: dict[str, dict[str, Any]]) -> str:
-    """The price and a table of recall, for docs/experiments/recall.md."""
+    """The price and a table of recall, for docs/experiments/recall.md.
+
+    A share's interval covers Wilson's over all texts and Student's over the seeds, since seeds can differ by more than
+    their texts do.
+    """
 
     def read(way: str) -> dict[str, DocumentLosses]:
         found = ((seed, one[way]) for seed, one in results.items())
@@ -300,6 +304,9 @@ def summarize(results: dict[str, dict[str, Any]]) -> str:
         exact, first, old = ([one["carried"][figure]["value"] for one in same] for figure in ("exact", "first", "old"))
         count = sum(one["num_trials"] for one in same)
         low, high = find_share_interval(round(float(np.mean(exact)) * count), count, 0.95)
+        least, most = find_t_interval(exact)
+        if least is not None and most is not None:
+            low, high = min(low, max(least, 0.0)), max(high, min(most, 1.0))
         reset = [one["reset"]["exact"]["value"] for one in same]
         row = [TASKS[same[0]["task"]], f"{same[0]['mean_distance']:.0f}"]
         row += [f"{100 * np.mean(exact):.0f} % [{100 * low:.0f}, {100 * high:.0f}]"]

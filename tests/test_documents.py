@@ -149,12 +149,17 @@ def read_figure(summary, name: str) -> tuple[float, ...]:
 def test_the_readme_s_numbers_are_those_of_the_committed_results():
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("## What we found")[1].split("\n## ")[0]
     sources = (ROOT / "docs/experiments/readme.txt").read_text(encoding="utf-8").split("\n\n")[1].splitlines()
-    shown = section
+    shown, program = section, runpy.run_path(str(ROOT / "studies" / "compare.py"))
     for said, file, *names in (line.split(" | ") for line in sources):
         assert said in shown
         shown = shown.replace(said, "")
         if not names:  # results that no study holds
             assert said in (ROOT / "docs/experiments" / file).read_text(encoding="utf-8")
+            continue
+        if len(names) == 2:
+            losses = json.loads((ROOT / "docs/experiments" / file).read_text(encoding="utf-8"))
+            found = program["compare"](*(program["read"](losses, name) for name in names))
+            assert found.startswith(said + " ("), (said, found)
             continue
         summary = json.loads((ROOT / "docs/experiments" / file).read_text(encoding="utf-8"))
         value, low, high = read_figure(summary, names[0].split(" / ")[0])
