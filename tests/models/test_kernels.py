@@ -20,7 +20,7 @@ from new_llm.models import ops
 from new_llm.models.layers.pythia import apply_rotary, compute_rotary_angles
 from new_llm.models.ops import local_attention
 from new_llm.models.ops.head_loss import linear_cross_entropy
-from new_llm.models.ops.kernels import SWITCH, check_tensor, native
+from new_llm.models.ops.kernels import SWITCH, build, check_tensor, native
 from new_llm.models.ops.kernels.native import PythiaStep
 from new_llm.models.ops.local_attention import attend_heads, can_split_heads, causal_attention
 from tiny import ROOT, run_python
@@ -201,21 +201,21 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Every compilation; a copy of the session's own library stands in for it."""
-    library = native.find_library(next(iter(native._list_places())), native._describe_build()[0])
+    library = build.find_library(next(iter(build._list_places())), build._describe_build()[0])
     made: list[Path] = []
 
     def compile_kernels(folder: Path, *_: object) -> Path:
         made.append(folder)
         return Path(shutil.copy(library, folder / "kernels.so"))
 
-    monkeypatch.setattr(native, "_compile", compile_kernels)
+    monkeypatch.setattr(build, "_compile", compile_kernels)
     return made
 
 
 @needs_compiler
 @pytest.mark.parametrize("damage", ["truncated", "changed", "link", "writable by others", "empty"])
 def test_a_damaged_library_is_never_loaded_and_is_compiled_again(compiled, home, damage, tmp_path):
-    native.load_library()
+    build.load_library()
     (path,) = home.glob("*.so")
     whole = path.read_bytes()
     if damage == "link":
@@ -226,7 +226,7 @@ def test_a_damaged_library_is_never_loaded_and_is_compiled_again(compiled, home,
     else:
         path.unlink()  # the file itself is mapped into this process, which would die of SIGBUS if it shrank
         path.write_bytes({"truncated": whole[:5000], "changed": whole[:-1] + b"\0x", "empty": b""}[damage])
-    native.load_library()
+    build.load_library()
     assert len(compiled) == 2
     (path,) = home.glob("*.so")
     assert path.read_bytes() == whole
@@ -243,7 +243,7 @@ def test_a_library_is_compiled_once_into_a_folder_that_others_can_not_change(
     In a shared cache anyone who knows the key could put a library, which would run whatever its writer likes.
     """
     monkeypatch.setenv("NEW_LLM_CACHE", str(tmp_path / "shared"))
-    planted = tmp_path / "shared" / "native" / f"{native._describe_build()[0]}.so"
+    planted = tmp_path / "shared" / "native" / f"{build._describe_build()[0]}.so"
     planted.parent.mkdir(parents=True)
     planted.write_bytes(b"no library at all")
     if fault == "parent":
@@ -258,8 +258,8 @@ def test_a_library_is_compiled_once_into_a_folder_that_others_can_not_change(
     if fault == "owner":
         mine = os.geteuid()
         monkeypatch.setattr(os, "geteuid", lambda: mine + 1)
-    native.load_library()
-    native.load_library()
+    build.load_library()
+    build.load_library()
     assert len(compiled) == (2 if fault == "owner" else 1)
     kept = [path.parent for path in tmp_path.rglob("*.so") if path != planted]
     elsewhere = tmp_path / "temporary" / f"new-llm-kernels-{os.geteuid()}"
@@ -283,9 +283,9 @@ def test_turned_off_or_without_a_working_compiler_the_pytorch_form_stays(monkeyp
 
 UNDER_SANITIZERS = """
 import pytest
-from new_llm.models.ops.kernels import native
-native.FLAGS += ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-native.BUILD_SECONDS = 600
+from new_llm.models.ops.kernels import build
+build.FLAGS += ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+build.BUILD_SECONDS = 600
 raise SystemExit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *{files!r}]))
 """
 
