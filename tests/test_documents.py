@@ -153,18 +153,16 @@ def test_the_readme_s_numbers_are_those_of_the_committed_results():
     for said, file, *names in (line.split(" | ") for line in sources):
         assert said in shown
         shown = shown.replace(said, "")
+        text = (ROOT / "docs/experiments" / file).read_text(encoding="utf-8")
         if not names:  # results that no study holds
-            assert said in (ROOT / "docs/experiments" / file).read_text(encoding="utf-8")
+            assert said in text
             continue
-        if len(names) == 2:
-            losses = json.loads((ROOT / "docs/experiments" / file).read_text(encoding="utf-8"))
-            found = program["compare"](*(program["read"](losses, name) for name in names))
+        summary = json.loads(text)
+        if len(names) == 2:  # two models' losses
+            found = program["compare"](*(program["read"](summary, name) for name in names))
             assert found.startswith(said + " ("), (said, found)
             continue
-        summary = json.loads((ROOT / "docs/experiments" / file).read_text(encoding="utf-8"))
-        value, low, high = read_figure(summary, names[0].split(" / ")[0])
-        if " / " in names[0]:
-            value = value / read_figure(summary, names[0].split(" / ")[1])[0] - 1
+        value, low, high = read_figure(summary, names[0])
         signed = f"{100 * value:+.1f} % [{100 * low:+.1f}, {100 * high:+.1f}]".replace("-", "−")
         plain = signed.partition(" [")[0]
         assert {said} & {format_size(value, low, high), format_size(value, None, None), signed, plain}, (said, signed)
@@ -276,7 +274,7 @@ def test_a_committed_study_can_run(path):
         first = study.configure(next(iter(study.variants)), 0).data
         if not reads_all and config.data.reversal_pairs == first.reversal_pairs:  # else it trains on another text
             asked = first.num_samples * first.seq_length
-            assert tokens < asked if "-short" in name else tokens == asked
+            assert tokens < asked if name.endswith("-short") else tokens == asked
 
 
 def test_a_difference_that_a_page_tells_is_that_of_the_committed_losses():

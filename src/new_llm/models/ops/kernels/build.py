@@ -1,10 +1,10 @@
 """Compiling the C kernels on first use, storing the library where no other user can change it, and loading it.
 
 The files in `c/` are compiled by the machine's compiler ($CC, else cc), which takes a few seconds. Because a loaded
-library is executed, it is stored in `new-llm-kernels` in the user's cache folder, or else in `new-llm-kernels-<user
-id>` in the folder for temporary files, but never in the shared data cache. Its file name contains the SHA-256 of its
-bytes, so a damaged or replaced file is detected, deleted and compiled again. If there is no such folder, the library is
-compiled for this process only.
+library is executed, it is stored in `new-llm-kernels` in the user's cache folder, or else in
+`new-llm-kernels-<user id>` in the folder for temporary files, but never in the shared data cache. Its file name has the
+SHA-256 of its bytes, so a damaged or replaced file is detected, deleted and compiled again. If there is no such folder,
+the library is compiled for this process only.
 """
 
 import ctypes
