@@ -2,12 +2,13 @@
 
 A small Pythia is trained on the State of the Union addresses and exported as a GPT-NeoX, the base of all adapters.
 Probes measure the gradient of alpha before training, how memory reads fade, and how much a document's own past could
-help at all. Then nine recipes are trained with three seeds each. Steps whose results exist are skipped, so an
+help at all. Then nine recipes are trained with five seeds each. Steps whose results exist are skipped, so an
 interrupted command continues when repeated, and two commands can share the seeds. Run:
 
-    python3 studies/parallel_adapter.py [--folder runs/adapter-study] [--seeds 0 1 2] [--page docs/experiments]
+    python3 studies/parallel_adapter.py [--folder runs/adapter-study] [--seeds 0 1 2 3 4] [--page docs/experiments]
 
-It takes about 20 minutes on one core. After all runs are done, --page draws the page's charts and prints its tables.
+It takes about 35 minutes on one core. After all runs are done, --page draws the page's charts, prints its tables and
+writes the losses of each document to parallel-adapter/losses.json, for studies/compare.py.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from new_llm.config import DataConfig, EvalConfig, TrainConfig
+from new_llm.config.evaluation import CacheMeasureConfig, LongDocumentsConfig
 from new_llm.data.batches import plan_batches
 from new_llm.data.dataset import PreparedData
 from new_llm.evaluation import evaluate_streaming
@@ -46,7 +48,7 @@ SEGMENTS = 8
 PROBED_SEEDS = 16
 BASE = ExperimentConfig(
     name="base",
-    models=("pythia",),  # pyright: ignore[reportArgumentType]
+    models=("pythia_segments",),  # pyright: ignore[reportArgumentType]
     device="cpu",
     model=ModelConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512),
     data=DataConfig(
@@ -114,7 +116,12 @@ def make_config(folder: Path, name: str, seed: int) -> AdapterTrainingConfig:
         adapter=AdapterConfig(**({"init": "random"} | adapter)),
         data=AdapterDataConfig(**shape),
         train=AdapterTrainConfig(patience=0, batch_size=batch_size, precision="fp32", log_every_steps=1, **settings),
-        eval=EvalConfig(max_tokens=None, measures=("sliding", "streaming")),
+        eval=EvalConfig(
+            max_tokens=None,
+            measures=("sliding", "streaming", "caches"),
+            long_documents=LongDocumentsConfig(min_tokens=1024, max_documents=None),
+            caches=CacheMeasureConfig(sizes=(2000,), ngram_orders=(3,)),
+        ),
     )
 
 
@@ -122,9 +129,9 @@ def make_base(folder: Path) -> None:
     if (folder / "neox" / "config.json").exists():
         return
     run = folder / "base"
-    if not (run / "pythia" / "best" / "model.json").exists():
+    if not (run / "pythia_segments" / "best" / "model.json").exists():
         run_experiment(exp_config=dataclasses.replace(BASE, runs_dir=folder), resume=run.exists())
-    model = load_model(run / "pythia" / "best")
+    model = load_model(run / "pythia_segments" / "best")
     export_pythia(model, folder / "neox", Tokenizer.from_file(str(run / "tokenizer.json")))
 
 
@@ -216,13 +223,13 @@ def run_probes(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/adapter-study"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--page", type=Path, help="draw the charts into this folder and print the tables")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     folder = arguments.folder
-    print("takes about 20 minutes on one core; existing results are kept", flush=True)
+    print("takes about 35 minutes on one core; existing results are kept", flush=True)
     make_base(folder)
     run_probes(folder)
     for seed in arguments.seeds:
@@ -235,10 +242,10 @@ def main() -> None:
             print(f"{config.name}: alpha {json.dumps(results['alpha'])} {values}", flush=True)
     if arguments.page is not None:
         results = {
-            name: [
-                read_json(folder / "runs" / str(make_config(folder, name, seed).name) / "results.json")
+            name: {
+                str(seed): read_json(folder / "runs" / str(make_config(folder, name, seed).name) / "results.json")
                 for seed in arguments.seeds
-            ]
+            }
             for name in RECIPES
         }
         page.draw(results, read_json(folder / "probes.json"), arguments.page)

@@ -1,25 +1,56 @@
 """The charts and tables of docs/experiments/parallel-adapter.md, from the study's results."""
 
+import json
+import math
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from compare import Losses, compare, read
+
 from new_llm.charts import bar_chart, line_chart
+from new_llm.evaluation import MEASURES
+from new_llm.evaluation.statistics import compare_models
 from new_llm.report import write_chart
 
-OTHERS = ("base", "reset", "foreign")
+OTHERS = {"base": "the base", "reset": "memory emptied", "foreign": "another document's memory"}
+CACHES = ("bare", "+ 2,000 states", "+ longest match", "+ all")
 
-Results = dict[str, list[dict[str, Any]]]
+Results = dict[str, dict[str, dict[str, Any]]]
+"""A run's results by recipe and seed."""
 
 
 def draw(results: Results, probes: dict[str, Any], folder: Path) -> None:
+    losses = collect(results)
+    file = folder / "parallel-adapter" / "losses.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(losses, separators=(",", ":")) + "\n", encoding="utf-8")
     draw_alpha(results, folder)
     draw_perplexity(results, probes, folder)
-    draw_differences(results, folder)
-    print(tabulate_runs(results))
+    draw_differences(losses, folder)
+    print(tabulate_runs(results, losses))
+    print(tabulate_caches(losses))
     print(tabulate_gradients(probes["gradients"]))
     print(describe_probes(probes))
+
+
+def collect(results: Results) -> Losses:
+    """Tokens and total loss of each document, by recipe, seed and way of reading; `base: …` is the base's."""
+    found: Losses = {}
+    for name, runs in results.items():
+        for seed, run in runs.items():
+            long = MEASURES["long"].losses(run["evaluation"]["held_out"])
+            ways = {f"long/{way}": losses for way, losses in long.items()}
+            for model in run["models"]:
+                prefix = "base: " if model["model_type"] == "base" else ""
+                caches = MEASURES["caches"].losses(model["evaluation"]["caches"])
+                ways |= {f"caches/{prefix}{way}": losses for way, losses in caches.items() if way in CACHES}
+            parts = {way: losses.select(None) for way, losses in ways.items()}
+            found.setdefault(name, {})[seed] = {
+                way: [part.num_tokens[:, 0].tolist(), part.total_nll[:, 0].round(2).tolist()]
+                for way, part in parts.items()
+            }
+    return found
 
 
 def draw_alpha(results: Results, folder: Path) -> None:
@@ -27,8 +58,8 @@ def draw_alpha(results: Results, folder: Path) -> None:
     rows = [
         {"recipe": name, "step": line["step"], "alpha": alpha}
         for name, runs in results.items()
-        for run in runs
-        for line in run["training"]["steps_log"]
+        for run in runs.values()
+        for line in run["models"][-1]["training"]["steps_log"]
         for alpha in get_alphas(line)
     ]
     axes = {"x": "step", "y": "alpha", "series": "recipe"}
@@ -42,8 +73,8 @@ def draw_perplexity(results: Results, probes: dict[str, Any], folder: Path) -> N
     rows = [
         {"recipe": name, "epoch": line["epoch"], "perplexity": line["validation_perplexity"]}
         for name, runs in results.items()
-        for run in runs
-        for line in ({"epoch": 0, "validation_perplexity": base}, *run["training"]["epochs_log"])
+        for run in runs.values()
+        for line in ({"epoch": 0, "validation_perplexity": base}, *run["models"][-1]["training"]["epochs_log"])
     ]
     axes = {"x": "epoch", "y": "perplexity", "series": "recipe"}
     titles = {"x_title": "epoch (0: the base)", "y_title": "perplexity, as trained"}
@@ -51,42 +82,53 @@ def draw_perplexity(results: Results, probes: dict[str, Any], folder: Path) -> N
     write_chart(chart, folder / "parallel-adapter-perplexity.svg")
 
 
-def draw_differences(results: Results, folder: Path) -> None:
-    """The difference in perplexity between the carried memory and the base, a reset, and a foreign memory."""
-    rows = [
-        {"recipe": name, "against": f"against {other}", **get_difference(run, other)}
-        for name, runs in results.items()
-        for run in runs
-        for other in OTHERS
-    ]
+def draw_differences(losses: Losses, folder: Path) -> None:
+    """The difference in perplexity between the carried memory and the base, an emptied and a foreign memory."""
+    rows: list[dict[str, Any]] = []
+    for name in losses:
+        for other, title in OTHERS.items():
+            found = compare_models(*(read(losses, f"{name}/long/{way}") for way in ("carried", other)))
+            assert found is not None
+            rows.append({"recipe": name, "against": f"compared with {title}", **found.relative._asdict()})
     axes = {"x": "recipe", "y": "value", "series": "against", "low": "low", "high": "high"}
-    titles = {"y_title": "perplexity with the carried memory against the other", "y_format": "+.1%"}
+    titles = {"y_title": "perplexity with the carried memory, difference", "y_format": "+.1%"}
     chart = bar_chart("memory", "Memory", "", rows, **axes, **titles, reference=0.0, is_dotted=True)
     write_chart(chart, folder / "parallel-adapter-memory.svg")
 
 
-def tabulate_runs(results: Results) -> str:
-    """One row per recipe: alpha of each seed, mean perplexities, and differences over seeds."""
+def tabulate_runs(results: Results, losses: Losses) -> str:
+    """One row per recipe: alpha of each seed, mean perplexities, and differences over seeds and documents."""
     lines = [
         "| recipe | α in the end | carried | reset | foreign | against base | reset | foreign |",
         "|---|---" + "|---" * 6 + "|",
     ]
     for name, runs in results.items():
-        alphas = ", ".join(f"{value:+.3f}" for run in runs for value in as_list(run["alpha"]))
+        alphas = ", ".join(f"{value:+.3f}" for run in runs.values() for value in as_list(run["alpha"]))
         perplexities = [
-            f"{statistics.mean(get_perplexity(run, way) for run in runs):.2f}"
-            for way in ("carried", "reset", "foreign")
+            f"{find_perplexity(losses, f'{name}/long/{way}'):.2f}" for way in ("carried", "reset", "foreign")
         ]
-        differences = [describe_difference([get_difference(run, other) for run in runs]) for other in OTHERS]
+        carried = read(losses, f"{name}/long/carried")
+        differences = [compare(carried, read(losses, f"{name}/long/{other}")) for other in OTHERS]
         lines.append(f"| {name} | {alphas} | {' | '.join(perplexities)} | {' | '.join(differences)} |")
     return "\n".join(lines) + "\n"
 
 
-def describe_difference(found: Sequence[dict[str, float]]) -> str:
-    """The mean over seeds in percent, with the outermost ends of the seeds' intervals."""
-    mean = 100 * statistics.mean(one["value"] for one in found)
-    low, high = (100 * function(one[end] for one in found) for function, end in ((min, "low"), (max, "high")))
-    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+def tabulate_caches(losses: Losses) -> str:
+    """One row per recipe and cache: base and adapter with the same cache."""
+    lines = ["| recipe | cache | base | adapter | difference |", "|---" * 5 + "|"]
+    for name in losses:
+        for cache in CACHES:
+            ways = [f"{name}/caches/{cache}", f"{name}/caches/base: {cache}"]
+            adapted, base = (f"{find_perplexity(losses, way):.2f}" for way in ways)
+            difference = compare(*(read(losses, way) for way in ways))
+            lines.append(f"| {name} | {cache} | {base} | {adapted} | {difference} |")
+    return "\n".join(lines) + "\n"
+
+
+def find_perplexity(losses: Losses, name: str) -> float:
+    """The geometric mean of the seeds' perplexities."""
+    parts = read(losses, name).values()
+    return math.exp(statistics.mean(float(part.total_nll.sum() / part.num_tokens.sum()) for part in parts))
 
 
 def tabulate_gradients(gradients: dict[str, list[float]]) -> str:
@@ -111,15 +153,6 @@ def describe_probes(probes: dict[str, Any]) -> str:
 
 def get_alphas(line: dict[str, Any]) -> list[float]:
     return list(line["alpha"].values())
-
-
-def get_perplexity(run: dict[str, Any], way: str) -> float:
-    return run["evaluation"]["held_out"]["overall"]["perplexity"][way]["value"]
-
-
-def get_difference(run: dict[str, Any], other: str) -> dict[str, float]:
-    """The relative difference between carried and another way of reading, with its interval."""
-    return run["evaluation"]["held_out"]["overall"]["differences"][other]["relative"]
 
 
 def as_list(alpha: Any) -> list[float]:
