@@ -25,16 +25,15 @@ from torch import Tensor
 from new_llm.config.evaluation import SubjectConfig
 from new_llm.config.loading import read_settings
 from new_llm.config.model import CacheConfig
-from new_llm.data import batches
-from new_llm.data.batches import Batch, BatchPlan
+from new_llm.data.batches import IGNORED_LABEL, Batch, BatchPlan
 from new_llm.data.dataset import prepare_data
 from new_llm.data.tokenizer import TokenSplit
-from new_llm.evaluation.caches import tune_cache
+from new_llm.evaluation.caches import Parts, tune_cache
 from new_llm.experiments import runner, study
 from new_llm.experiments.config import StudyConfig
 from new_llm.experiments.subject import load_any_model
 from new_llm.models import TransformerLM
-from new_llm.models.cache import MATCH, score_match, score_ngrams
+from new_llm.models.cache import score_match, score_ngrams
 from new_llm.training import Trainer
 
 NGRAM_ORDER = 3
@@ -58,12 +57,11 @@ def compute_shares(split: TokenSplit, cache: CacheConfig) -> NDArray[np.float32]
         if end - begin < 2:
             continue
         tokens = np.asarray(split.tokens[begin:end]).astype(np.int64)
-        matches, contexts = score_match(tokens)
-        found = np.full((len(matches), weights.shape[1]), np.nan)
-        found[:, 2 : 2 + NGRAM_ORDER] = score_ngrams(tokens, NGRAM_ORDER)
-        found[:, MATCH] = matches
+        nothing = np.zeros(len(tokens) - 1)
+        parts = Parts(nothing, nothing, score_ngrams(tokens, cache.ngram_order), *score_match(tokens))
+        found, contexts = parts.select(cache, (), 0)
         chosen = weights[contexts]
-        shares[begin + 1 : end] = np.nansum(found * chosen, axis=1) / chosen[:, 0]
+        shares[begin + 1 : end] = np.nansum((found * chosen)[:, 1:], axis=1) / chosen[:, 0]
     return shares
 
 
@@ -96,7 +94,7 @@ class CachedTrainer(Trainer):
         losses = model.score_passes(model.compute_passes(batch.input_ids, batch.attention_mask), targets)
         if self.state.step >= self.begin * self.steps_per_epoch * self.config.num_epochs:
             losses = -torch.logaddexp(-losses, batch.label_weights[:, 1:].log())
-        total = losses.masked_fill(targets == batches.IGNORED_LABEL, 0).sum()
+        total = losses.masked_fill(targets == IGNORED_LABEL, 0).sum()
         return model.add_auxiliary_loss(total, targets)
 
 
@@ -111,10 +109,9 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     config = read_settings(given.study, StudyConfig)
-    kept = {name: config.variants[name] for name in given.only}
     chosen = dataclasses.replace(
         config,
-        variants=kept,
+        variants={name: config.variants[name] for name in given.only},
         seeds=tuple(given.seeds),
         reference=given.only[0],
         baselines=(),

@@ -33,12 +33,21 @@ def collect(folders: list[Path]) -> Losses:
         for kind in ("long", "caches"):
             measured = results["models"][0]["evaluation"].get(kind)
             for way, losses in MEASURES[kind].losses(measured).items() if measured else ():
-                parts = {f"{kind}/{way}": losses.select(None)}
+                parts = {f"{kind}/{way}": losses}
                 if FAR in losses.range_starts and way in ("bare", "+ all"):
                     parts[f"{kind}/{way} from {FAR:,}"] = losses.select(losses.range_starts.index(FAR))
-                for name, part in parts.items():
-                    ways[name] = [part.num_tokens[:, 0].tolist(), part.total_nll[:, 0].round(2).tolist()]
+                ways |= {name: keep(part) for name, part in parts.items()}
     return found
+
+
+def keep(losses: DocumentLosses) -> list[Any]:
+    """Tokens and total loss of each document, as plain values."""
+    whole = losses.select(None)
+    return [whole.num_tokens[:, 0].tolist(), whole.total_nll[:, 0].round(2).tolist()]
+
+
+def write(losses: Losses, file: Path) -> None:
+    file.write_text(json.dumps(losses, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
 def read(losses: Losses, name: str) -> dict[str, DocumentLosses]:
@@ -65,7 +74,7 @@ def main() -> None:
     if given.collect:
         if not (found := collect(given.collect)):
             parser.error(f"no complete run of a study in {', '.join(map(str, given.collect))}")
-        given.file.write_text(json.dumps(found, separators=(",", ":")) + "\n", encoding="utf-8")
+        write(found, given.file)
     try:
         losses: Losses = json.loads(given.file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

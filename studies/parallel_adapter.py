@@ -7,7 +7,7 @@ interrupted command continues when repeated, and two commands can share the seed
 
     python3 studies/parallel_adapter.py [--folder runs/adapter-study] [--seeds 0 1 2 3 4] [--page docs/experiments]
 
-It takes about 35 minutes on one core. After all runs are done, --page draws the page's charts, prints its tables and
+It takes about 35 minutes on one core. After all runs are done, --page draws the page's chart, prints its tables and
 writes the losses of each document to parallel-adapter/losses.json, for studies/compare.py.
 """
 
@@ -225,7 +225,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/adapter-study"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
-    parser.add_argument("--page", type=Path, help="draw the charts into this folder and print the tables")
+    parser.add_argument(
+        "--page", type=Path, help="draw the chart into this folder, print the tables, and write the losses"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     folder = arguments.folder

@@ -1,16 +1,14 @@
-"""The charts and tables of docs/experiments/parallel-adapter.md, from the study's results."""
+"""The chart and tables of docs/experiments/parallel-adapter.md, from the study's results."""
 
-import json
-import math
 import statistics
 from pathlib import Path
 from typing import Any
 
-from compare import Losses, compare, read
+from compare import Losses, compare, keep, read, write
 
-from new_llm.charts import bar_chart, line_chart
+from new_llm.charts import bar_chart
 from new_llm.evaluation import MEASURES
-from new_llm.evaluation.statistics import compare_models
+from new_llm.evaluation.statistics import compare_models, estimate_perplexity
 from new_llm.report import write_chart
 
 OTHERS = {"base": "the base", "reset": "memory emptied", "foreign": "another document's memory"}
@@ -24,9 +22,7 @@ def draw(results: Results, probes: dict[str, Any], folder: Path) -> None:
     losses = collect(results)
     file = folder / "parallel-adapter" / "losses.json"
     file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(losses, separators=(",", ":")) + "\n", encoding="utf-8")
-    draw_alpha(results, folder)
-    draw_perplexity(results, probes, folder)
+    write(losses, file)
     draw_differences(losses, folder)
     print(tabulate_runs(results, losses))
     print(tabulate_caches(losses))
@@ -45,41 +41,8 @@ def collect(results: Results) -> Losses:
                 prefix = "base: " if model["model_type"] == "base" else ""
                 caches = MEASURES["caches"].losses(model["evaluation"]["caches"])
                 ways |= {f"caches/{prefix}{way}": losses for way, losses in caches.items() if way in CACHES}
-            parts = {way: losses.select(None) for way, losses in ways.items()}
-            found.setdefault(name, {})[seed] = {
-                way: [part.num_tokens[:, 0].tolist(), part.total_nll[:, 0].round(2).tolist()]
-                for way, part in parts.items()
-            }
+            found.setdefault(name, {})[seed] = {way: keep(losses) for way, losses in ways.items()}
     return found
-
-
-def draw_alpha(results: Results, folder: Path) -> None:
-    """Alpha by optimizer step: each recipe's mean and range over seeds and layers."""
-    rows = [
-        {"recipe": name, "step": line["step"], "alpha": alpha}
-        for name, runs in results.items()
-        for run in runs.values()
-        for line in run["models"][-1]["training"]["steps_log"]
-        for alpha in get_alphas(line)
-    ]
-    axes = {"x": "step", "y": "alpha", "series": "recipe"}
-    chart = line_chart("alpha", "Alpha", "", rows, **axes, x_title="optimizer step", y_title="α")
-    write_chart(chart, folder / "parallel-adapter-alpha.svg")
-
-
-def draw_perplexity(results: Results, probes: dict[str, Any], folder: Path) -> None:
-    """Perplexity of the held-out documents after each epoch, with the memory carried."""
-    base = probes["base"]["perplexity"]
-    rows = [
-        {"recipe": name, "epoch": line["epoch"], "perplexity": line["validation_perplexity"]}
-        for name, runs in results.items()
-        for run in runs.values()
-        for line in ({"epoch": 0, "validation_perplexity": base}, *run["models"][-1]["training"]["epochs_log"])
-    ]
-    axes = {"x": "epoch", "y": "perplexity", "series": "recipe"}
-    titles = {"x_title": "epoch (0: the base)", "y_title": "perplexity, as trained"}
-    chart = line_chart("perplexity", "Perplexity", "", rows, **axes, **titles, reference=base)
-    write_chart(chart, folder / "parallel-adapter-perplexity.svg")
 
 
 def draw_differences(losses: Losses, folder: Path) -> None:
@@ -127,8 +90,7 @@ def tabulate_caches(losses: Losses) -> str:
 
 def find_perplexity(losses: Losses, name: str) -> float:
     """The geometric mean of the seeds' perplexities."""
-    parts = read(losses, name).values()
-    return math.exp(statistics.mean(float(part.total_nll.sum() / part.num_tokens.sum()) for part in parts))
+    return statistics.geometric_mean(estimate_perplexity(part).value for part in read(losses, name).values())
 
 
 def tabulate_gradients(gradients: dict[str, list[float]]) -> str:
@@ -149,10 +111,6 @@ def describe_probes(probes: dict[str, Any]) -> str:
         chosen = {place: round(values[place], 3) for place in (1, 2, 4, 8, 16, 32, len(values) - 1)}
         lines.append(f"length of a read, {name}: {chosen}")
     return "\n".join(lines)
-
-
-def get_alphas(line: dict[str, Any]) -> list[float]:
-    return list(line["alpha"].values())
 
 
 def as_list(alpha: Any) -> list[float]:
